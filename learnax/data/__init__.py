@@ -1,0 +1,15 @@
+"""Datasets to batches: read here or in worker processes, stacked, laid out for the devices."""
+
+from learnax.data.batch import (
+    Batch as Batch,
+    arranged as arranged,
+    as_list as as_list,
+    signature_of as signature_of,
+    stack_on_host as stack_on_host,
+)
+from learnax.data.loader import (
+    Loader as Loader,
+    Repeated as Repeated,
+    check_dataset as check_dataset,
+    first_datum as first_datum,
+)

@@ -1,0 +1,1 @@
+"""Looking inside a run. `cudart`: the CUDA profiler's start and stop."""

@@ -1,0 +1,85 @@
+"""What training changes: the parameters, the optimiser's state, the step, and the place in the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+LearningRate = float | Callable[[Any], Any]
+
+
+class TrainState(NamedTuple):
+    """The state of a run: what a step takes and gives back.
+
+    Attributes:
+        params: the model's `params` collection.
+        opt_state: the optimiser's state.
+        step: updates made so far; an update that was dropped does not count.
+    """
+
+    params: Any
+    opt_state: Any
+    step: int = 0
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands in its data.
+
+    Attributes:
+        epoch: the epoch that runs, from 0.
+        batch: training batches of it that were trained on.
+        marks: length of each metric's history when the epoch began.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    marks: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def adam(learning_rate: LearningRate) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980) with its hyperparameters kept in its state.
+
+    Args:
+        learning_rate: a number, or an optax schedule `update count -> rate`.
+    """
+    return optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate, b1=0.9, b2=0.999)
+
+
+def rate_of(learning_rate: LearningRate, opt_state: Any) -> jax.Array:
+    """The rate that the next update will use, as a scalar."""
+    if callable(learning_rate):
+        return jnp.asarray(learning_rate(opt_state.count))
+    return opt_state.hyperparams["learning_rate"]
+
+
+def with_rate(learning_rate: LearningRate, opt_state: Any) -> Any:
+    """An optimiser state read from a checkpoint, with the rate that the script asks for now."""
+    if callable(learning_rate):
+        return opt_state
+    old = opt_state.hyperparams["learning_rate"]
+    rate = jnp.asarray(learning_rate, old.dtype)
+    return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
+
+
+def key_pair(seed: int) -> tuple[jax.Array, jax.Array]:
+    """The random sequence of a run, and the key that its parameters are drawn from."""
+    seq, init = jax.random.split(jax.random.key(seed))
+    return seq, jax.random.split(init)[0]
+
+
+def fresh_state(model: Any, optimizer: optax.GradientTransformation, key: jax.Array, datum: list[Any]) -> TrainState:
+    """Initialises parameters and optimiser state; pure, so that it can be compiled or traced."""
+    params = model.init(key, *datum)["params"]
+    return strong(TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32)))
+
+
+def strong(tree: PyTree) -> PyTree:
+    """The same arrays with no weak types: a compiled program takes one type, and gives it back."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)

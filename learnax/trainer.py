@@ -1,0 +1,520 @@
+"""The trainer: checks its arguments, wires the parts, runs epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from learnax import checks
+from learnax.checkpoint import Checkpointer
+from learnax.data import Batch, Loader, Repeated, arranged, check_dataset, first_datum, signature_of
+from learnax.engine import SAME, SPLIT, Engine, evaluate_kind, train_kind, update_kind
+from learnax.log import Log, Means, in_notebook as in_notebook
+from learnax.loss import LossPipe
+from learnax.profiling.cudart import libcudart as libcudart
+from learnax.registry import Registry
+from learnax.state import LearningRate, Position, PyTree, TrainState, adam, fresh_state, key_pair, with_rate
+from learnax.step import AXIS, Recipe, gradients, mean_loss, with_axis
+from learnax.visuals import Plotter, Sampler
+
+_logger = logging.getLogger("learnax")
+_SINGLE_BATCH_STEPS = 1000
+_NEEDS = {
+    "plot_model": "plot_pipe",
+    "sample_model": "sample_every",
+    "sample_every": "sample_model",
+    "sample_params": "sample_model",
+    "sample_plot": "sample_model",
+    "sample_metrics": "sample_model",
+    "sample_batch_size": "sample_model",
+    "load_checkpoint": "registry",
+    "load_weights": "load_checkpoint",
+    "keep_best_checkpoint": "registry",
+}
+"""Arguments that do nothing without another one."""
+
+
+class Trainer:
+    """Trains a Flax model on one compiled step.
+
+    Once built, it is ready: arguments are checked, the state is initialised or loaded. `train()` runs
+    to the end; `train_state` and `metrics` are live.
+
+    Args:
+        model: a flax linen module, applied to one datum at a time.
+        learning_rate: Adam's rate, a number or an optax schedule `update count -> rate`.
+        losses: `(output, datum, step) -> (output, loss, metrics)` for one datum, a `LossPipe` for one.
+        seed: of the whole run; the same seed gives the same run.
+        train_dataset: a list of data, or anything with `__len__` and `__getitem__`. A datum that is a list
+            is splatted into the model's arguments, anything else is one argument.
+        num_epochs: passes over the training data.
+        batch_size: data per step, over all devices; a training batch that is not full is skipped.
+        num_workers: processes that read each dataset; 0 reads in this one.
+        max_grad: largest global L2 norm of a gradient; beyond it, the gradient is scaled down.
+        save_every: steps between saves of the latest checkpoint and calls of `save_model`.
+        checkpoint_every: steps between numbered checkpoints.
+        max_checkpoints: numbered checkpoints kept; None keeps all.
+        keep_best_checkpoint: whether the best state by `best_metric_name` is kept.
+        best_metric_name: the metric that "best" is judged by, after each validation.
+        minimize_metric: whether smaller is better.
+        load_checkpoint: None for a fresh start; True, -1 or a run's id for the latest; "best"; a step.
+        val_every: epochs between validations; None validates after each.
+        val_datasets: a mapping of names to datasets, or a list of datasets (`val`, `val_1`, ...).
+        save_model: `params -> None`, called every `save_every` steps with a copy on the host.
+        run: a wandb run, a `learnax.run.Run`, anything with `id`, `name` and `log(dict)`, or None.
+        registry: the project under `TRAINAX_REGISTRY_PATH`, or a `Registry`; where checkpoints go. None
+            keeps none.
+        compile: whether programs are compiled when the trainer is built, or at first use.
+        single_datum: every step sees the first datum, repeated; an epoch has 1000 steps, without validation.
+        single_batch: every step sees the first batch; an epoch has 1000 steps, without validation.
+        train_only: no validation.
+        plot_pipe: `(run, outputs, batch) -> None`, both lists of one pytree per datum, on the host.
+        plot_every: steps between plots.
+        plot_model: `output -> output`, applied to each output before it is plotted.
+        load_weights: whether `load_checkpoint` takes the parameters only, for a run that starts anew.
+        sample_every: steps between samplings; None never samples.
+        sample_model: `(params, key, datum) -> sample`, compiled and mapped over the first data of a batch.
+        sample_params: merged over the parameters for sampling: a nested mapping, or a checkpoints folder.
+        sample_plot: `(run, samples, None) -> None`, samples a list of one pytree per datum, on the host.
+        sample_batch_size: data that are sampled on, by default the smaller of 9 and `batch_size`.
+        sample_metrics: `(sample, datum) -> dict of scalars`, averaged into the step's metrics.
+        devices: devices that a batch is split over, by default all local ones.
+
+    Raises:
+        TypeError: an argument, a loss or a metric of the wrong type.
+        ValueError: an argument out of range, data that do not fit, a model that cannot take a datum.
+        FileNotFoundError: a checkpoint asked for by name is not there.
+    """
+
+    name = "trainer"
+
+    def __init__(
+        self,
+        model: Any,
+        learning_rate: LearningRate,
+        losses: LossPipe | Callable[..., Any],
+        seed: int,
+        train_dataset: Any,
+        num_epochs: int,
+        batch_size: int,
+        num_workers: int,
+        max_grad: float = 1.0,
+        save_every: int = 300,
+        checkpoint_every: int = 5000,
+        max_checkpoints: int | None = None,
+        keep_best_checkpoint: bool = False,
+        best_metric_name: str = "val/loss",
+        minimize_metric: bool = True,
+        load_checkpoint: Any = None,
+        val_every: int | None = None,
+        val_datasets: Mapping[str, Any] | Sequence[Any] | None = None,
+        save_model: Callable[[PyTree], Any] | None = None,
+        run: Any = None,
+        registry: str | Registry | None = None,
+        compile: bool = False,
+        single_datum: bool = False,
+        single_batch: bool = False,
+        train_only: bool = False,
+        plot_pipe: Callable[..., Any] | None = None,
+        plot_every: int = 1000,
+        plot_model: Callable[[Any], Any] | None = None,
+        load_weights: bool = False,
+        sample_every: int | None = None,
+        sample_model: Callable[..., Any] | None = None,
+        sample_params: Any = None,
+        sample_plot: Callable[..., Any] | None = None,
+        sample_batch_size: int | None = None,
+        sample_metrics: Callable[..., Mapping[str, Any]] | None = None,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        self.model = self.transform = model
+        self.optimizer = adam(learning_rate)
+        self.losses = losses
+        self.learning_rate = learning_rate
+        self.train_dataset = train_dataset
+        self.num_epochs = num_epochs
+        self.seed = seed
+        self.load_checkpoint = load_checkpoint
+        self.load_weights = load_weights
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.save_model = save_model
+        self.save_every = save_every
+        self.run = run
+        self.max_grad = max_grad
+        self.single_datum = single_datum
+        self.single_batch = single_batch
+        self.train_only = train_only or single_batch or single_datum
+        self.plot_pipe = plot_pipe
+        self.plot_every = plot_every
+        self.plot_model = plot_model
+        self.val_every = val_every
+        self.sample_every = sample_every
+        self.keep_best_checkpoint = keep_best_checkpoint
+        self.best_metric_name = best_metric_name
+
+        devices = list(devices or jax.local_devices())
+        self.device_count = len(devices)
+        checks.check_counts(
+            num_epochs=num_epochs,
+            batch_size=batch_size,
+            save_every=save_every,
+            checkpoint_every=checkpoint_every,
+            max_checkpoints=max_checkpoints,
+            val_every=val_every,
+            plot_every=plot_every,
+            sample_every=sample_every,
+            sample_batch_size=sample_batch_size,
+        )
+        checks.check_ranges(num_workers=num_workers, max_grad=max_grad, sample=sample_batch_size, batch=batch_size)
+        given = {name: value for name, value in locals().items() if name in _NEEDS or name in _NEEDS.values()}
+        for line in checks.idle_arguments(given, _NEEDS):
+            _logger.warning(line)
+        checks.check_split(batch_size, self.device_count)
+        splits = {"train": train_dataset} | ({} if self.train_only else checks.named_splits(val_datasets))
+        for name, dataset in splits.items():
+            check_dataset(name, dataset, batch_size, tail=name != "train")
+
+        self._datum, self._splat = first_datum("train", train_dataset)
+        names, self._mapped = checks.check_model(model, losses, jax.random.key(seed), self._datum)
+        if keep_best_checkpoint:
+            checks.check_best(best_metric_name, names, list(splits))
+
+        self.engine = Engine(devices, self._mapped)
+        self._recipe = Recipe(
+            model, losses, self.optimizer, learning_rate, max_grad, batch_size, shards=self.device_count
+        )
+        self._train = train_kind(self._recipe, outputs=plot_pipe is not None)
+        self._update = update_kind(self._recipe)
+        self._evaluate = evaluate_kind(self._recipe)
+        self.loaders = {name: self._loader(name, dataset) for name, dataset in splits.items()}
+        # Programs of several CPU devices that wait for one another's collectives can starve each other of threads.
+        self._in_flight = 0 if self.device_count > 1 and devices[0].platform == "cpu" else 2
+        self.log = Log(run, self._in_flight, num_epochs * len(self.loaders["train"]))
+        self.metrics = self.log.metrics
+        self.checkpointer = _checkpointer(
+            registry,
+            run,
+            save_every=save_every,
+            checkpoint_every=checkpoint_every,
+            max_checkpoints=max_checkpoints,
+            keep_best_checkpoint=keep_best_checkpoint,
+            best_metric_name=best_metric_name,
+            minimize_metric=minimize_metric,
+        )
+        self._plotter = None if plot_pipe is None else Plotter(plot_pipe, plot_model, run, self._unwrap)
+        self._sampler: Sampler | None = None
+        if sample_model is not None:
+            size = sample_batch_size or min(9, batch_size)
+            self._sampler = Sampler(
+                sample_model,
+                _sample_params(sample_params),
+                sample_plot,
+                sample_metrics,
+                size,
+                seed,
+                run,
+                self.engine,
+                self._unwrap,
+            )
+
+        self.rng_seq = self.engine.put(key_pair(seed)[0], SAME)
+        self.position = Position()
+        self._state: TrainState | None = None
+        self.maybe_init()
+        if compile:
+            self._compile()
+
+    # ---- the run, top to bottom
+
+    def train(self) -> Any:
+        """Runs the epochs that are left, and returns the run with everything written.
+
+        A trainer that loaded a checkpoint goes on where that was made; one that was interrupted goes on
+        where it stopped.
+        """
+        self.log.send_once({"model/num_params": sum(leaf.size for leaf in jax.tree.leaves(self.train_state.params))})
+        try:
+            with self.log.session(self._steps_done()):
+                for epoch in range(self.position.epoch, self.num_epochs):
+                    self.epoch(epoch)
+            self._save_last()
+        finally:
+            self._rest()
+        return self.run
+
+    def epoch(self, epoch: int) -> None:
+        """Trains one epoch, then validates where that is due.
+
+        Args:
+            epoch: its number, from 0. The epoch that the run stands in goes on where it stopped.
+        """
+        if epoch != self.position.epoch:
+            self.position = Position(epoch, 0, self.log.lengths())
+        with self.log.session(self._steps_done()):
+            self.log.show_epoch(epoch, self.num_epochs)
+            for batch in self.log.waiting(self.loaders["train"].batches(self.position.batch)):
+                outputs = self._step(batch)
+                self._act(batch, outputs)
+            self._end_training(epoch)
+            if self.val_every is None or epoch % self.val_every == 0:
+                for name in [name for name in self.loaders if name != "train"]:
+                    self._validate(name, epoch)
+            self._end_epoch(epoch)
+
+    def _step(self, batch: Batch) -> PyTree:
+        """Dispatches one training step; returns the model's outputs, on the devices, where they are plotted."""
+        args = (self.train_state, self.rng_seq, batch.device)
+        program = self.engine.program(self._train, batch.signature, args)
+        self._state, self.rng_seq, scalars, outputs = program(*args)
+        self.position.batch += 1
+        self.log.push(program.names, scalars, self.position.epoch)
+        return outputs
+
+    def _act(self, batch: Batch, outputs: PyTree) -> None:
+        """Plots, samples and saves, at exactly their steps.
+
+        Which step this is depends on updates that were dropped and are not known of yet. It is at most
+        `step_at_most`, so only where something is due at that one the loop waits to know.
+        """
+        if not self._due(self.log.step_at_most):
+            return
+        with self.log.newest() as metrics:
+            step = self.log.step
+            if metrics["has_nan"] or not self._due(step):
+                return
+            if self._plotter and step % self.plot_every == 0:
+                self._plotter(outputs, batch)
+            if self._sampler and self.sample_every and step % self.sample_every == 0:
+                metrics |= self._sampler(self.train_state.params, self.train_state.step, batch)
+        if self.save_model is not None and step % self.save_every == 0:
+            self.save_model(jax.tree.map(np.array, self.train_state.params))
+        if self.checkpointer is not None and self.checkpointer.due(step):
+            self.checkpointer.maybe_save_checkpoints(self.train_state, step, metrics, self._resume_point())
+
+    def _end_training(self, epoch: int) -> None:
+        self.log.drain()
+        self.log.write_epoch("train", self.log.training_means(self.position.marks), epoch)
+
+    def _validate(self, name: str, epoch: int) -> None:
+        """Evaluates one validation set: every datum once."""
+        means = Means(self._in_flight)
+        for batch in self.log.waiting(self.loaders[name].batches()):
+            state = self.train_state
+            args = (state.params, state.step, self.rng_seq, batch.device, np.int32(batch.count))
+            program = self.engine.program(self._evaluate, batch.signature, args)
+            self.rng_seq, sums = program(*args)
+            means.push(program.names, sums, batch.count)
+        self.log.write_epoch(name, means.result(), epoch)
+
+    def _end_epoch(self, epoch: int) -> None:
+        made_now = len(self.metrics.get(self.best_metric_name, ())) > self.position.marks.get(self.best_metric_name, 0)
+        self.position = Position(epoch + 1, 0, self.log.lengths())
+        if self.checkpointer is not None and made_now:
+            latest = {name: values[-1] for name, values in self.metrics.items()}
+            self.checkpointer.update_best_checkpoint(self.train_state, self.log.step, latest, self._resume_point())
+
+    # ---- the state
+
+    @property
+    def train_state(self) -> TrainState:
+        """The live state. A step takes over its buffers: keep a copy of what must outlast the next one."""
+        assert self._state is not None
+        return self._state
+
+    @train_state.setter
+    def train_state(self, state: TrainState) -> None:
+        self._state = self.engine.own(TrainState(*state)._replace(step=np.int32(state.step)))
+
+    def maybe_init(self) -> None:
+        """Makes the state where there is none: from the checkpoint asked for, or fresh."""
+        if self._state is not None:
+            return
+        if not self._load():
+            self.train_state = self.init_train_state()
+
+    def init_train_state(self) -> TrainState:
+        """A fresh state: the same for the same seed."""
+
+        def fresh(key: jax.Array, datum: list[Any]) -> TrainState:
+            make = functools.partial(fresh_state, self.model, self.optimizer, key, datum)
+            return with_axis(make) if self._mapped else make()
+
+        return jax.jit(fresh)(key_pair(self.seed)[1], self._datum)
+
+    def _load(self) -> bool:
+        """Takes over the checkpoint that `load_checkpoint` asks for; False where there is none to take."""
+        if self.checkpointer is None:
+            return False
+        loaded = None
+        if self.load_checkpoint:
+            target = jax.eval_shape(self.init_train_state)
+            if self.load_weights:
+                target = target._replace(opt_state=None)
+            loaded = self.checkpointer.load_checkpoint(self.load_checkpoint, target)
+            if loaded is None:
+                _logger.warning("no checkpoint in %s yet: starting fresh", self.checkpointer.path)
+        if loaded is None or self.load_weights:
+            self.checkpointer.leave_behind(after=-1)
+        if loaded is None:
+            return False
+        state = loaded["state"]
+        if self.load_weights:
+            self.train_state = self.init_train_state()._replace(params=state.params)
+            return True
+        self.checkpointer.leave_behind(after=loaded["step"])
+        self.train_state = state._replace(opt_state=with_rate(self.learning_rate, state.opt_state))
+        self.log.resume(loaded["step"], loaded["history"])
+        if loaded["position"] is not None:
+            self.position = Position(**loaded["position"])
+            self.rng_seq = self.engine.put(jax.random.wrap_key_data(jnp.asarray(loaded["rng"])), SAME)
+        return True
+
+    def _resume_point(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the state, for a run to go on as if it had not stopped."""
+        return {
+            "rng": np.asarray(jax.random.key_data(self.rng_seq)),
+            "position": dataclasses.asdict(self.position),
+            "history": self.metrics,
+        }
+
+    def _save_last(self) -> None:
+        """Saves the end of the run, so that nothing of it is lost between two saves."""
+        if self.checkpointer is not None:
+            self.checkpointer.save_latest(self.train_state, self.log.step, None, self._resume_point())
+
+    def _rest(self) -> None:
+        """Lets go of what a run holds, with everything on disk."""
+        for loader in self.loaders.values():
+            loader.close()
+        if self.checkpointer is not None:
+            self.checkpointer.close()
+
+    # ---- the step, by hand
+
+    def loss(self, params: PyTree, keys: jax.Array, batch: PyTree) -> tuple[jax.Array, tuple[Any, Any, Any]]:
+        """The loss of some data, at the current step.
+
+        Args:
+            params: parameters.
+            keys: one random key per datum, `(n,)`.
+            batch: stacked data, leaves `(n, ...)`.
+
+        Returns:
+            `(loss, (outputs, loss, metrics))`: means over the data, outputs of each.
+        """
+        return mean_loss(self._recipe, params, keys, self._as_arguments(batch), self.train_state.step)
+
+    def grad(self, params: PyTree, keys: jax.Array, batch: PyTree) -> tuple[PyTree, tuple[Any, Any, Any]]:
+        """The gradient of `loss`, mapped over the devices (`jax.pmap`).
+
+        Args:
+            params: parameters, the same for each device.
+            keys: `(devices, n)` random keys.
+            batch: stacked data, leaves `(devices, n, ...)`.
+
+        Returns:
+            `(gradients, (outputs, loss, metrics))`, all with a leading device axis; all but the outputs are
+            means over the devices.
+        """
+        return self._pmapped_grad(params, keys, self._as_arguments(batch), self.train_state.step)
+
+    @functools.cached_property
+    def _pmapped_grad(self) -> Callable[..., Any]:
+        function = functools.partial(gradients, self._recipe)
+        return jax.pmap(function, AXIS, in_axes=(None, 0, 0, None), devices=self.engine.devices)
+
+    def update(self, rng: jax.Array, state: TrainState, batch: Any) -> tuple[PyTree, TrainState, dict[str, jax.Array]]:
+        """One update by hand; the caller's state stays usable.
+
+        Args:
+            rng: the batch's random key; datum i gets `split(rng, batch_size)[i]`.
+            state: the state before.
+            batch: a list of `batch_size` data, or data stacked to `(batch_size, ...)` or
+                `(devices, batch_size // devices, ...)`.
+
+        Returns:
+            `(outputs, state, metrics)`: outputs stacked to `(batch_size, ...)`, the state after, and a dict
+            of scalars.
+
+        Raises:
+            ValueError: a batch of another size or structure.
+        """
+        host = arranged(batch, self._datum, self.batch_size, self.device_count)
+        if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+            rng = jax.random.wrap_key_data(rng)
+        data = self.engine.put(host, SPLIT)
+        owned = self.engine.own(TrainState(*state)._replace(step=np.int32(state.step)))
+        args = (owned, self.engine.put(rng, SAME), data)
+        new_state, metrics, outputs = self.engine.program(self._update, signature_of(data), args)(*args)
+        return outputs, new_state, metrics
+
+    # ---- wiring
+
+    def _loader(self, name: str, dataset: Any) -> Loader | Repeated:
+        single = self.single_batch or self.single_datum
+        loader = Loader(
+            name,
+            dataset,
+            self.batch_size,
+            tail=name != "train",
+            num_workers=0 if single else self.num_workers,
+            put=lambda host: self.engine.put(host, SPLIT),
+        )
+        return Repeated(loader, _SINGLE_BATCH_STEPS, datum=self.single_datum) if single else loader
+
+    def _compile(self) -> None:
+        """Lowers and compiles the run's programs, on the shapes of the first datum."""
+        batch = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((self.batch_size, *leaf.shape), leaf.dtype), self._datum
+        )
+        state, count = self.train_state, np.int32(self.batch_size)
+        self.engine.program(self._train, signature_of(batch), (state, self.rng_seq, batch))
+        if len(self.loaders) > 1:
+            args = (state.params, state.step, self.rng_seq, batch, count)
+            self.engine.program(self._evaluate, signature_of(batch), args)
+
+    def _due(self, step: int) -> bool:
+        return (
+            (self._plotter is not None and step % self.plot_every == 0)
+            or (self._sampler is not None and bool(self.sample_every) and step % (self.sample_every or 1) == 0)
+            or (self.save_model is not None and step % self.save_every == 0)
+            or (self.checkpointer is not None and self.checkpointer.due(step))
+        )
+
+    def _steps_done(self) -> int:
+        return self.position.epoch * len(self.loaders["train"]) + self.position.batch
+
+    def _unwrap(self, arguments: list[Any]) -> PyTree:
+        """Arguments as the dataset gives them: a datum that is no list is one argument."""
+        return arguments if self._splat else arguments[0]
+
+    def _as_arguments(self, batch: PyTree) -> list[Any]:
+        """A stacked batch as arguments, whether it was given as those or as the dataset gives them."""
+        return batch if jax.tree.structure(batch) == jax.tree.structure(self._datum) else [batch]
+
+
+def _checkpointer(registry: str | Registry | None, run: Any, **policy: Any) -> Checkpointer | None:
+    if registry is None:
+        return None
+    if not isinstance(registry, Registry):
+        registry = Registry(registry)
+    return Checkpointer(registry.checkpoints(Trainer.name if run is None else run.id), **policy)
+
+
+def _sample_params(given: Any) -> Mapping[str, Any] | None:
+    """Parameters to merge for sampling: a mapping as it is, a path as the checkpoints folder to read."""
+    if given is None or isinstance(given, Mapping):
+        return given
+    loaded = Checkpointer(given).load_latest()
+    if loaded is None:
+        raise FileNotFoundError(f"sample_params: no checkpoint in {given}; give a checkpoints folder or a mapping")
+    return loaded["state"].params

@@ -1,0 +1,150 @@
+"""Pytrees: a list of data to one stacked batch and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+_NUMBERS = (bool, int, float, complex, np.generic)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf can be stacked: an array or a number, but no text, object or date."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind not in "OSUMm"
+    return isinstance(leaf, (jax.Array, *_NUMBERS))
+
+
+def tree_stack(
+    trees: Sequence[PyTree],
+    *,
+    indices: Sequence[int] | None = None,
+    stack: Callable[[list[Any]], Any] | None = None,
+) -> PyTree:
+    """Stacks pytrees of one structure along a new leading axis.
+
+    Args:
+        trees: n pytrees of one structure; a leaf of shape `s` becomes one of shape `(n, *s)`.
+            Python and numpy numbers count as arrays of shape `()`; a leaf that is no array
+            (a string, None) becomes None.
+        indices: what to call each tree in an error, 0 to n - 1 by default.
+        stack: joins n leaves of one shape; by default `jnp.stack` where one of them is a
+            `jax.Array`, else `np.stack`.
+
+    Returns:
+        One pytree of the same structure.
+
+    Raises:
+        ValueError: no trees, or trees that differ in structure or in the shape of a leaf. The
+            text has the leaf's path, the index, and both structures or shapes.
+    """
+    if not len(trees):
+        raise ValueError("tree_stack: expected at least one tree, got none")
+    names = range(len(trees)) if indices is None else indices
+    first, structure = _flatten(trees[0])
+    rows = [first]
+    for name, tree in zip(names[1:], trees[1:], strict=True):
+        leaves, other = _flatten(tree)
+        if other != structure:
+            raise ValueError(_structure_text(names[0], trees[0], name, tree))
+        rows.append(leaves)
+    stack = stack or _stack
+    columns = []
+    for position, column in enumerate(zip(*rows, strict=True)):
+        if not is_array(column[0]):
+            columns.append(None)
+            continue
+        _check_column(column, names, trees[0], position)
+        columns.append(stack(list(column)))
+    return jax.tree_util.tree_unflatten(structure, columns)
+
+
+def tree_unstack(tree: PyTree) -> list[PyTree]:
+    """Takes a stacked pytree apart: the inverse of `tree_stack`.
+
+    Args:
+        tree: a pytree whose array leaves share their leading axis, of length n; leaves that are
+            None stay None.
+
+    Returns:
+        n pytrees of the same structure, leaves without the leading axis.
+
+    Raises:
+        ValueError: a tree without arrays, a leaf without a leading axis, or leaves of different
+            lengths (the path and both lengths are in the text).
+    """
+    leaves, structure = _flatten(tree)
+    paths = _paths(tree)
+    length = None
+    for path, leaf in zip(paths, leaves, strict=True):
+        if leaf is None:
+            continue
+        if not np.ndim(leaf):
+            raise ValueError(f"tree_unstack: leaf {path} has no leading axis")
+        length = len(leaf) if length is None else length
+        if len(leaf) != length:
+            raise ValueError(
+                f"tree_unstack: leaf {path} has leading length {len(leaf)}, but the leaves before it have {length}"
+            )
+    if length is None:
+        raise ValueError("tree_unstack: expected a tree with at least one array, got none")
+    return [
+        jax.tree_util.tree_unflatten(structure, [None if leaf is None else leaf[i] for leaf in leaves])
+        for i in range(length)
+    ]
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """A pytree's leaves under names like `Dense_0/kernel`, in the tree's order."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def describe(tree: PyTree) -> str:
+    """A pytree's leaves for a person: `path: dtype[shape]`, a line each."""
+    lines = []
+    for path, leaf in zip(_paths(tree), _flatten(tree)[0], strict=True):
+        if isinstance(leaf, jax.ShapeDtypeStruct) or is_array(leaf):
+            dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+            lines.append(f"  {path}: {dtype}{list(np.shape(leaf))}")
+        else:
+            lines.append(f"  {path}: {type(leaf).__name__} (no array)")
+    return "\n".join(lines) or "  (empty)"
+
+
+def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
+    # None counts as a leaf: a batch whose strings became None has the structure of its data.
+    return jax.tree_util.tree_flatten(tree, is_leaf=lambda x: x is None)
+
+
+def _paths(tree: PyTree) -> list[str]:
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
+    return [jax.tree_util.keystr(path) or "(the whole)" for path, _ in flat]
+
+
+def _stack(leaves: list[Any]) -> Any:
+    return jnp.stack(leaves) if any(isinstance(leaf, jax.Array) for leaf in leaves) else np.stack(leaves)
+
+
+def _check_column(column: Sequence[Any], names: Sequence[int], tree: PyTree, position: int) -> None:
+    shape = np.shape(column[0])
+    for name, leaf in zip(names, column, strict=True):
+        if not is_array(leaf) or np.shape(leaf) != shape:
+            came = f"shape {np.shape(leaf)}" if is_array(leaf) else f"{type(leaf).__name__} {leaf!r:.40}"
+            raise ValueError(
+                f"leaf {_paths(tree)[position]} differs within a batch: datum {names[0]} has shape {shape}, "
+                f"datum {name} has {came}; pad the data to one shape"
+            )
+
+
+def _structure_text(name: int, tree: PyTree, other_name: int, other: PyTree) -> str:
+    return (
+        f"data differ in structure within a batch:\n datum {name}: {jax.tree_util.tree_structure(tree)}\n"
+        f"{describe(tree)}\n datum {other_name}: {jax.tree_util.tree_structure(other)}\n{describe(other)}"
+    )
