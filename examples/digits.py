@@ -1,8 +1,8 @@
 """Trains a small convolutional net on scikit-learn's handwritten digits: 1,797 real scans, 8 x 8 pixels.
 
-    python examples/digits.py             # a fresh run
-    python examples/digits.py --resume    # goes on from its checkpoint
-    python examples/digits.py --wandb     # also an offline wandb run, no account needed
+python examples/digits.py             # a fresh run
+python examples/digits.py --resume    # goes on from its checkpoint
+python examples/digits.py --wandb     # also an offline wandb run, no account needed
 """
 
 import argparse
@@ -22,7 +22,7 @@ from learnax.registry import Registry
 from learnax.trainer import Trainer
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 PROJECT = "digits"
 
@@ -35,6 +35,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, image, label):
+        """The logits; the label is the loss's business."""
         x = nn.relu(nn.Conv(32, (3, 3))(image))
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = nn.relu(nn.Conv(64, (3, 3))(x))

@@ -2,51 +2,95 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from learnax.data import FirstDatum
 from learnax.loss import Losses
-from learnax.state import PyTree
+from learnax.state import PyTree, init_params
 from learnax.step import AXIS, apply_model, datum_loss, with_axis
 from learnax.utils import describe
 
-
-def check_counts(**counts: int | None) -> None:
-    """Raises ValueError for a count that is no positive whole number; None stands for "not asked for"."""
-    for name, value in counts.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} must be a whole number, but is {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}")
+_logger = logging.getLogger("learnax")
 
 
-def check_ranges(num_workers: int, max_grad: float, sample: int | None, batch: int) -> None:
-    """Raises ValueError for numbers out of their range."""
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, but is {num_workers}; 0 reads in this process")
-    if not max_grad > 0:
-        raise ValueError(f"max_grad must be above 0, but is {max_grad}; float('inf') never scales a gradient")
-    if sample is not None and sample > batch:
-        raise ValueError(f"sample_batch_size {sample} is more than the {batch} data of a batch")
+_COUNTS = ("num_epochs", "batch_size")
+_CADENCES = ("save_every", "checkpoint_every", "plot_every", "val_every", "sample_every")
+_LIMITS = ("max_checkpoints", "sample_batch_size")
+_FUNCTIONS = ("losses", "save_model", "plot_pipe", "plot_model", "sample_model", "sample_plot", "sample_metrics")
+_NEEDS = {
+    "plot_model": "plot_pipe",
+    "sample_model": "sample_every",
+    "sample_every": "sample_model",
+    "sample_params": "sample_model",
+    "sample_plot": "sample_model",
+    "sample_metrics": "sample_model",
+    "sample_batch_size": "sample_model",
+    "load_checkpoint": "registry",
+    "load_weights": "load_checkpoint",
+    "keep_best_checkpoint": "registry",
+}
+"""Arguments that do nothing without another one."""
 
 
-def idle_arguments(given: Mapping[str, Any], needs: Mapping[str, str]) -> list[str]:
-    """A line for each argument that was given and does nothing without another one.
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Checks a trainer's arguments, as far as they can be without data.
+
+    Warns of each that is given and does nothing without another one: scripts keep such arguments
+    beside a registry or a sampler that is switched off.
 
     Args:
-        given: arguments by name; falsy ones were not given.
-        needs: argument -> the one without which it does nothing.
+        given: arguments by name.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a number out of its range.
     """
-    return [
-        f"{name} is given, but does nothing without {other}"
-        for name, other in needs.items()
-        if given[name] and not given[other]
-    ]
+    for name in (*_COUNTS, *_CADENCES, *_LIMITS):
+        if given[name] is not None or name in _COUNTS:
+            _check_whole(name, given[name], least=1)
+    _check_whole("num_workers", given["num_workers"], least=0, hint="; 0 reads in this process")
+    _check_whole("seed", given["seed"])
+    _check_rate(given["learning_rate"])
+    max_grad = given["max_grad"]
+    if not isinstance(max_grad, (int, float)) or not max_grad > 0:
+        raise ValueError(
+            f"max_grad must be a number above 0, but is {max_grad!r}; float('inf') never scales a gradient"
+        )
+    sample, batch = given["sample_batch_size"], given["batch_size"]
+    if sample is not None and sample > batch:
+        raise ValueError(f"sample_batch_size {sample} is more than the {batch} data of a batch")
+    for name in ("init", "apply"):
+        if not callable(getattr(given["model"], name, None)):
+            raise TypeError(f"model must be a flax linen module, but is {given['model']!r}; it has no {name}")
+    for name in _FUNCTIONS:
+        if not callable(given[name]) and (given[name] is not None or name == "losses"):
+            raise TypeError(f"{name} must be callable, but is {given[name]!r}")
+    for name, other in _NEEDS.items():
+        if given[name] and not given[other]:
+            _logger.warning("%s is given, but does nothing without %s", name, other)
+
+
+def _check_whole(name: str, value: Any, least: int | None = None, hint: str = "") -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number, but is {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, but is {value}{hint}")
+
+
+def _check_rate(rate: Any) -> None:
+    if callable(rate):
+        return
+    try:
+        value = float(rate)
+    except (TypeError, ValueError):
+        raise TypeError(f"learning_rate must be a number or an optax schedule, but is {rate!r}") from None
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"learning_rate must be finite and at least 0, but is {value}")
 
 
 def check_split(batch_size: int, devices: int) -> None:
@@ -81,29 +125,33 @@ def named_splits(val_datasets: Any) -> dict[str, Any]:
     return {str(name): dataset for name, dataset in val_datasets.items()}
 
 
-def check_model(model: Any, losses: Losses, key: jax.Array, datum: list[Any]) -> tuple[list[str], bool]:
-    """Traces model and losses on one datum, without computing anything.
+def check_model(model: Any, losses: Losses, seed: int, data: Mapping[str, FirstDatum]) -> tuple[list[str], bool]:
+    """Traces model and losses on the first datum of each split, without computing anything.
 
     Args:
         model: the flax module.
         losses: the losses of one datum.
-        key: a random key.
-        datum: the first datum, as a list.
+        seed: of the run.
+        data: split -> its first datum; the model is initialised on that of `train`.
 
     Returns:
         The names of the metrics, and whether user code names the mapped axis `"devices"`.
 
     Raises:
-        ValueError: the model cannot take the datum; the datum's structure is in the text.
+        ValueError: the model cannot take a datum; the datum's structure is in the text.
         TypeError: a loss or a metric that is no scalar.
     """
     names: list[str] = []
+    key = jax.random.key(seed)
+    first = data["train"].arguments
 
     def trace() -> jax.Array:
-        params = _model_shapes(lambda: model.init(key, *datum)["params"], model, datum)
-        _model_shapes(lambda p: apply_model(model, p, key, datum), model, datum, params)
         step = jnp.zeros((), jnp.int32)
-        names[:] = jax.eval_shape(lambda p: datum_loss(model, losses, p, key, datum, step)[2], params)
+        params = _model_shapes("train", model, first, lambda: init_params(model, key, first))
+        for split, (arguments, _) in data.items():
+            _model_shapes(split, model, arguments, lambda p: apply_model(model, p, key, arguments), params)  # noqa: B023
+            found = jax.eval_shape(lambda p: datum_loss(model, losses, p, key, arguments, step)[2], params)  # noqa: B023
+            names.extend(name for name in found if name not in names)
         return step
 
     try:
@@ -116,14 +164,14 @@ def check_model(model: Any, losses: Losses, key: jax.Array, datum: list[Any]) ->
     return names, True
 
 
-def _model_shapes(function: Callable[..., PyTree], model: Any, datum: list[Any], *args: PyTree) -> PyTree:
+def _model_shapes(split: str, model: Any, datum: list[Any], function: Callable[..., PyTree], *args: PyTree) -> PyTree:
     try:
         return jax.eval_shape(function, *args)
     except Exception as error:
         if isinstance(error, NameError) and AXIS in str(error):
             raise
         raise ValueError(
-            f"the model {type(model).__name__} cannot take a datum of this structure "
+            f"the model {type(model).__name__} cannot take a datum of {split!r}, of this structure "
             f"({len(datum)} argument{'s' * (len(datum) != 1)}):\n{describe(datum)}\n"
             f"{type(error).__name__}: {error}\n"
             "a datum that is a list is splatted into arguments, anything else is one argument"
@@ -138,5 +186,6 @@ def check_best(name: str, metrics: Sequence[str], splits: Sequence[str]) -> None
         produced += [f"{split}{kind}/{metric}" for kind in ("", "_epoch") for metric in ("loss", *metrics, *own)]
     if name not in produced:
         raise ValueError(
-            f"best_metric_name {name!r} is produced by no split of this run; there are: {', '.join(sorted(set(produced)))}"
+            f"best_metric_name {name!r} is produced by no split of this run; there are: "
+            + ", ".join(sorted(set(produced)))
         )

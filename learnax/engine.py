@@ -44,6 +44,7 @@ class Program:
     calls: int = 0
 
     def __call__(self, *args: Any) -> Any:
+        """Dispatches it, and does not wait."""
         self.calls += 1
         return self.compiled(*args)
 
@@ -72,16 +73,20 @@ class Kind:
 class Engine:
     """Compiles steps for a set of devices, and lays data out on them.
 
-    Args:
+    Attributes:
         devices: the devices that a batch is split over.
         mapped: whether user code names the mapped axis, so that one device needs it, too.
+        in_flight: dispatches that may be unfinished when another one is made.
+        programs: what has been compiled.
     """
 
-    def __init__(self, devices: Sequence[jax.Device], mapped: bool):
+    def __init__(self, devices: Sequence[jax.Device]):
         self.devices = list(devices)
         self.mesh = Mesh(np.asarray(self.devices), (AXIS,))
+        self.mapped = False
+        # Programs of several CPU devices that wait for one another's collectives can starve each other of threads.
+        self.in_flight = 0 if len(self.devices) > 1 and self.devices[0].platform == "cpu" else 2
         self.programs: dict[Hashable, Program] = {}
-        self._mapped = mapped or len(self.devices) > 1
 
     def put(self, tree: PyTree, spec: PartitionSpec) -> PyTree:
         """Starts the transfer of a tree to the devices."""
@@ -92,6 +97,7 @@ class Engine:
         return jax.device_put(tree, self.sharding(SAME), may_alias=False)
 
     def sharding(self, spec: PartitionSpec) -> jax.sharding.Sharding:
+        """The same in JAX's terms; plain for one device, so that its arrays are like any others."""
         if len(self.devices) == 1:
             return jax.sharding.SingleDeviceSharding(self.devices[0])
         return NamedSharding(self.mesh, spec)
@@ -120,7 +126,7 @@ class Engine:
             return tuple(results)
 
         function: Callable[..., Any] = packed
-        if self._mapped:
+        if self.mapped or len(self.devices) > 1:
             # Replication of the results is not checked by shard_map, as it is not by pmap: the step's own
             # means over the devices make it so, and the tests compare one device with several.
             function = jax.shard_map(

@@ -25,7 +25,7 @@ _NAN_LINES = 10
 def in_notebook() -> bool:
     """Whether this runs in a Jupyter kernel, and not in a terminal or a script."""
     try:
-        from IPython import get_ipython  # type: ignore[attr-defined]
+        from IPython import get_ipython
     except ImportError:
         return False
     shell = get_ipython()
@@ -42,11 +42,11 @@ class _Row(NamedTuple):
 class Log:
     """Keeps a run's metrics.
 
-    A step's scalars are read `in_flight` steps after its dispatch, when they are long there.
+    A step's scalars are read when `in_flight` later steps have been dispatched: by then they are there.
 
     Args:
         run: where metrics go: anything with `log(dict)`, or None.
-        in_flight: steps that may be dispatched and not yet read.
+        in_flight: steps whose scalars may be unread when another one is dispatched.
         steps: training steps of the whole run, for the progress bar.
     """
 
@@ -70,13 +70,7 @@ class Log:
 
     @contextlib.contextmanager
     def session(self, done: int) -> Iterator[None]:
-        """Shows a progress bar inside, and leaves with everything written; `done` steps were made before.
-
-        A session inside a session is part of it.
-        """
-        if self._bar is not None:
-            yield
-            return
+        """Shows a progress bar inside, and leaves with everything written; `done` steps were made before."""
         self._bar = _bar(self._steps, done)
         self._waited, self._began, self._written = 0.0, time.perf_counter(), 0
         try:
@@ -103,14 +97,17 @@ class Log:
                 self._waited += time.perf_counter() - began
             yield item
 
+    def wait_for_room(self) -> None:
+        """Waits until no more than `in_flight` steps are on their way, and writes the metrics of the others."""
+        while len(self._pending) > self._in_flight:
+            self._write(*self._read())
+
     def push(self, names: tuple[str, ...], scalars: jax.Array, epoch: int) -> None:
-        """Takes the scalars of a dispatched training step, and reads those of an earlier one."""
+        """Takes the scalars of a dispatched training step."""
         scalars.copy_to_host_async()
         now = time.perf_counter()
         self._pending.append(_Row(names, scalars, epoch, now - self._last_push))
         self._last_push = now
-        while len(self._pending) > self._in_flight:
-            self._write(*self._read())
 
     def drain(self) -> None:
         """Waits for the steps in flight and writes their metrics."""

@@ -70,11 +70,15 @@ class LossPipe:
 
 
 def call_loss(losses: Losses, output: Any, batch: Any, step: Any) -> tuple[Any, Any, Mapping[str, Any]]:
-    """Calls a loss with the step where its signature takes one, and without where it does not."""
-    parameters = inspect.signature(losses).parameters.values()
-    positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-    if positional >= 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return losses(output, batch, step)
-    if any(p.name == "step" or p.kind is p.VAR_KEYWORD for p in parameters):
+    """Calls a loss with the step where its signature takes one, and without where it does not.
+
+    It takes one by the name `step`, as a third argument without a default, or among `*args` or `**kwargs`.
+    """
+    parameters = inspect.signature(losses).parameters
+    kinds = {p.kind for p in parameters.values()}
+    if "step" in parameters or inspect.Parameter.VAR_KEYWORD in kinds:
         return losses(output, batch, step=step)
+    required = [p for p in parameters.values() if p.default is p.empty]
+    if len(required) >= 3 or inspect.Parameter.VAR_POSITIONAL in kinds:
+        return losses(output, batch, step)
     return losses(output, batch)

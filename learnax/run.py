@@ -44,7 +44,7 @@ class Run:
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         config = OmegaConf.create({}) if config is None else OmegaConf.create(config)
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
         session = wandb.init(project=project, entity=entity, config=plain, dir=str(folder))
         run = cls(session.id, folder / session.id, session.name, session)
         run.path.mkdir(exist_ok=True)
@@ -133,7 +133,9 @@ class Run:
         elif isinstance(data, str):
             path.write_text(data)
         else:
-            raise TypeError(f"save({filename!r}): data must be bytes or str, or come with a write_fn, but is {type(data).__name__}")
+            raise TypeError(
+                f"save({filename!r}): data must be bytes or str, or come with a write_fn, but is {type(data).__name__}"
+            )
         return path
 
     def clear_dir(self, name: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 PyTree = Any
@@ -25,7 +26,7 @@ class TrainState(NamedTuple):
 
     params: Any
     opt_state: Any
-    step: int = 0
+    step: int | jax.Array | np.integer = 0
 
 
 @dataclasses.dataclass
@@ -74,9 +75,25 @@ def key_pair(seed: int) -> tuple[jax.Array, jax.Array]:
     return seq, jax.random.split(init)[0]
 
 
+def init_params(model: Any, key: jax.Array, datum: list[Any]) -> PyTree:
+    """The model's fresh `params` collection.
+
+    Raises:
+        ValueError: a model with other collections, batch statistics for one: a step carries parameters alone.
+    """
+    variables = model.init(key, *datum)
+    others = sorted(set(variables) - {"params"})
+    if others:
+        raise ValueError(
+            f"the model has variables besides its parameters: {', '.join(others)}; a step keeps the 'params' "
+            "collection alone, so use layers without running state (LayerNorm or GroupNorm in place of BatchNorm)"
+        )
+    return variables.get("params", {})
+
+
 def fresh_state(model: Any, optimizer: optax.GradientTransformation, key: jax.Array, datum: list[Any]) -> TrainState:
     """Initialises parameters and optimiser state; pure, so that it can be compiled or traced."""
-    params = model.init(key, *datum)["params"]
+    params = init_params(model, key, datum)
     return strong(TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32)))
 
 

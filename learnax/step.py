@@ -160,7 +160,8 @@ def evaluate(
     share = recipe.batch_size // recipe.shards
     real = _shard_index(recipe) * share + jnp.arange(share, dtype=jnp.int32) < count
     sums = {
-        name: jnp.where(real, values, jnp.zeros_like(values)).sum() for name, values in {**metrics, "loss": losses}.items()
+        name: jnp.where(real, values, jnp.zeros_like(values)).sum()
+        for name, values in {**metrics, "loss": losses}.items()
     }
     if recipe.shards > 1:
         sums = jax.lax.psum(sums, AXIS)
@@ -223,7 +224,8 @@ def _guarded(recipe: Recipe, state: TrainState, grads: PyTree, sound: jax.Array)
 
     def update(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
         _, (params, opt_state, step) = carry
-        updates, new_opt_state = recipe.optimizer.update(grads, opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic is not clean under "strict"
+            updates, new_opt_state = recipe.optimizer.update(grads, opt_state, params)
         new = TrainState(optax.apply_updates(params, updates), new_opt_state, step + jnp.ones_like(step))
         return jnp.asarray(False), jax.tree.map(lambda n, old: jnp.asarray(n).astype(old.dtype), new, carry[1])
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,32 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from learnax import checks
+from learnax.actions import Action, ModelSaver, Moment, Plotter, Sampler, StateSaver
 from learnax.checkpoint import Checkpointer
-from learnax.data import Batch, Loader, Repeated, arranged, check_dataset, first_datum, signature_of
+from learnax.data import Batch, Loader, Repeated, arranged, first_datum, signature_of
 from learnax.engine import SAME, SPLIT, Engine, evaluate_kind, train_kind, update_kind
-from learnax.log import Log, Means, in_notebook as in_notebook
+from learnax.log import Log, Means
+from learnax.log import in_notebook as in_notebook
 from learnax.loss import LossPipe
 from learnax.profiling.cudart import libcudart as libcudart
 from learnax.registry import Registry
-from learnax.state import LearningRate, Position, PyTree, TrainState, adam, fresh_state, key_pair, with_rate
+from learnax.state import LearningRate, Position, PyTree, adam, fresh_state, key_pair, with_rate
+from learnax.state import TrainState as TrainState
 from learnax.step import AXIS, Recipe, gradients, mean_loss, with_axis
-from learnax.visuals import Plotter, Sampler
+from learnax.utils import same_structure
 
 _logger = logging.getLogger("learnax")
 _SINGLE_BATCH_STEPS = 1000
-_NEEDS = {
-    "plot_model": "plot_pipe",
-    "sample_model": "sample_every",
-    "sample_every": "sample_model",
-    "sample_params": "sample_model",
-    "sample_plot": "sample_model",
-    "sample_metrics": "sample_model",
-    "sample_batch_size": "sample_model",
-    "load_checkpoint": "registry",
-    "load_weights": "load_checkpoint",
-    "keep_best_checkpoint": "registry",
-}
-"""Arguments that do nothing without another one."""
 
 
 class Trainer:
@@ -135,6 +126,7 @@ class Trainer:
         *,
         devices: Sequence[jax.Device] | None = None,
     ):
+        checks.check_arguments(locals())
         self.model = self.transform = model
         self.optimizer = adam(learning_rate)
         self.losses = losses
@@ -147,7 +139,6 @@ class Trainer:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.save_model = save_model
-        self.save_every = save_every
         self.run = run
         self.max_grad = max_grad
         self.single_datum = single_datum
@@ -158,47 +149,25 @@ class Trainer:
         self.plot_model = plot_model
         self.val_every = val_every
         self.sample_every = sample_every
-        self.keep_best_checkpoint = keep_best_checkpoint
         self.best_metric_name = best_metric_name
 
         devices = list(devices or jax.local_devices())
         self.device_count = len(devices)
-        checks.check_counts(
-            num_epochs=num_epochs,
-            batch_size=batch_size,
-            save_every=save_every,
-            checkpoint_every=checkpoint_every,
-            max_checkpoints=max_checkpoints,
-            val_every=val_every,
-            plot_every=plot_every,
-            sample_every=sample_every,
-            sample_batch_size=sample_batch_size,
-        )
-        checks.check_ranges(num_workers=num_workers, max_grad=max_grad, sample=sample_batch_size, batch=batch_size)
-        given = {name: value for name, value in locals().items() if name in _NEEDS or name in _NEEDS.values()}
-        for line in checks.idle_arguments(given, _NEEDS):
-            _logger.warning(line)
         checks.check_split(batch_size, self.device_count)
+        self.engine = Engine(devices)
         splits = {"train": train_dataset} | ({} if self.train_only else checks.named_splits(val_datasets))
-        for name, dataset in splits.items():
-            check_dataset(name, dataset, batch_size, tail=name != "train")
-
-        self._datum, self._splat = first_datum("train", train_dataset)
-        names, self._mapped = checks.check_model(model, losses, jax.random.key(seed), self._datum)
+        self.loaders = {name: self._loader(name, dataset) for name, dataset in splits.items()}
+        self._data = {name: first_datum(name, dataset) for name, dataset in splits.items()}
+        names, self.engine.mapped = checks.check_model(model, losses, seed, self._data)
         if keep_best_checkpoint:
             checks.check_best(best_metric_name, names, list(splits))
 
-        self.engine = Engine(devices, self._mapped)
-        self._recipe = Recipe(
-            model, losses, self.optimizer, learning_rate, max_grad, batch_size, shards=self.device_count
-        )
+        self._recipe = Recipe(model, losses, self.optimizer, learning_rate, max_grad, batch_size, self.device_count)
         self._train = train_kind(self._recipe, outputs=plot_pipe is not None)
         self._update = update_kind(self._recipe)
         self._evaluate = evaluate_kind(self._recipe)
-        self.loaders = {name: self._loader(name, dataset) for name, dataset in splits.items()}
-        # Programs of several CPU devices that wait for one another's collectives can starve each other of threads.
-        self._in_flight = 0 if self.device_count > 1 and devices[0].platform == "cpu" else 2
-        self.log = Log(run, self._in_flight, num_epochs * len(self.loaders["train"]))
+
+        self.log = Log(run, self.engine.in_flight, num_epochs * len(self.loaders["train"]))
         self.metrics = self.log.metrics
         self.checkpointer = _checkpointer(
             registry,
@@ -210,25 +179,34 @@ class Trainer:
             best_metric_name=best_metric_name,
             minimize_metric=minimize_metric,
         )
-        self._plotter = None if plot_pipe is None else Plotter(plot_pipe, plot_model, run, self._unwrap)
         self._sampler: Sampler | None = None
+        self._shows: list[Action] = []
+        self._saves: list[Action] = []
+        if plot_pipe is not None:
+            self._shows.append(Plotter(plot_every, plot_pipe, plot_model, run, self._unwrap))
         if sample_model is not None:
-            size = sample_batch_size or min(9, batch_size)
             self._sampler = Sampler(
+                sample_every,
                 sample_model,
                 _sample_params(sample_params),
                 sample_plot,
                 sample_metrics,
-                size,
+                min(9, batch_size) if sample_batch_size is None else sample_batch_size,
                 seed,
                 run,
                 self.engine,
                 self._unwrap,
             )
+            self._shows.append(self._sampler)
+        if save_model is not None:
+            self._saves.append(ModelSaver(save_every, save_model))
+        if self.checkpointer is not None:
+            self._saves.append(StateSaver(self.checkpointer, self._resume_point))
 
         self.rng_seq = self.engine.put(key_pair(seed)[0], SAME)
         self.position = Position()
         self._state: TrainState | None = None
+        self._running = False
         self.maybe_init()
         if compile:
             self._compile()
@@ -241,14 +219,13 @@ class Trainer:
         A trainer that loaded a checkpoint goes on where that was made; one that was interrupted goes on
         where it stopped.
         """
-        self.log.send_once({"model/num_params": sum(leaf.size for leaf in jax.tree.leaves(self.train_state.params))})
-        try:
-            with self.log.session(self._steps_done()):
-                for epoch in range(self.position.epoch, self.num_epochs):
-                    self.epoch(epoch)
+        with self._session():
+            self.log.send_once(
+                {"model/num_params": sum(leaf.size for leaf in jax.tree.leaves(self.train_state.params))}
+            )
+            for epoch in range(self.position.epoch, self.num_epochs):
+                self.epoch(epoch)
             self._save_last()
-        finally:
-            self._rest()
         return self.run
 
     def epoch(self, epoch: int) -> None:
@@ -259,7 +236,7 @@ class Trainer:
         """
         if epoch != self.position.epoch:
             self.position = Position(epoch, 0, self.log.lengths())
-        with self.log.session(self._steps_done()):
+        with self._session():
             self.log.show_epoch(epoch, self.num_epochs)
             for batch in self.log.waiting(self.loaders["train"].batches(self.position.batch)):
                 outputs = self._step(batch)
@@ -274,6 +251,7 @@ class Trainer:
         """Dispatches one training step; returns the model's outputs, on the devices, where they are plotted."""
         args = (self.train_state, self.rng_seq, batch.device)
         program = self.engine.program(self._train, batch.signature, args)
+        self.log.wait_for_room()
         self._state, self.rng_seq, scalars, outputs = program(*args)
         self.position.batch += 1
         self.log.push(program.names, scalars, self.position.epoch)
@@ -285,20 +263,19 @@ class Trainer:
         Which step this is depends on updates that were dropped and are not known of yet. It is at most
         `step_at_most`, so only where something is due at that one the loop waits to know.
         """
-        if not self._due(self.log.step_at_most):
+        if not any(act.due(self.log.step_at_most) for act in (*self._shows, *self._saves)):
             return
         with self.log.newest() as metrics:
-            step = self.log.step
-            if metrics["has_nan"] or not self._due(step):
+            if metrics["has_nan"]:  # the step is an old one: what is due at it was done when it was new
                 return
-            if self._plotter and step % self.plot_every == 0:
-                self._plotter(outputs, batch)
-            if self._sampler and self.sample_every and step % self.sample_every == 0:
-                metrics |= self._sampler(self.train_state.params, self.train_state.step, batch)
-        if self.save_model is not None and step % self.save_every == 0:
-            self.save_model(jax.tree.map(np.array, self.train_state.params))
-        if self.checkpointer is not None and self.checkpointer.due(step):
-            self.checkpointer.maybe_save_checkpoints(self.train_state, step, metrics, self._resume_point())
+            moment = Moment(self.log.step, self.train_state, batch, outputs, metrics)
+            for show in self._shows:
+                if show.due(moment.step):
+                    metrics |= show(moment)
+        # After the step's metrics are written: a checkpoint holds the history up to its step.
+        for save in self._saves:
+            if save.due(moment.step):
+                save(moment)
 
     def _end_training(self, epoch: int) -> None:
         self.log.drain()
@@ -306,7 +283,7 @@ class Trainer:
 
     def _validate(self, name: str, epoch: int) -> None:
         """Evaluates one validation set: every datum once."""
-        means = Means(self._in_flight)
+        means = Means(self.engine.in_flight)
         for batch in self.log.waiting(self.loaders[name].batches()):
             state = self.train_state
             args = (state.params, state.step, self.rng_seq, batch.device, np.int32(batch.count))
@@ -321,6 +298,28 @@ class Trainer:
         if self.checkpointer is not None and made_now:
             latest = {name: values[-1] for name, values in self.metrics.items()}
             self.checkpointer.update_best_checkpoint(self.train_state, self.log.step, latest, self._resume_point())
+
+    def _save_last(self) -> None:
+        """Saves the end of the run, so that nothing of it is lost between two saves."""
+        if self.checkpointer is not None:
+            self.checkpointer.save_latest(self.train_state, self.log.step, None, self._resume_point())
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[None]:
+        """Shows progress inside, and leaves with everything written; a session in a session is part of it."""
+        if self._running:
+            yield
+            return
+        self._running = True
+        try:
+            with self.log.session(self.position.epoch * len(self.loaders["train"]) + self.position.batch):
+                yield
+        finally:
+            self._running = False
+            for loader in self.loaders.values():
+                loader.close()
+            if self.checkpointer is not None:
+                self.checkpointer.close()
 
     # ---- the state
 
@@ -346,9 +345,9 @@ class Trainer:
 
         def fresh(key: jax.Array, datum: list[Any]) -> TrainState:
             make = functools.partial(fresh_state, self.model, self.optimizer, key, datum)
-            return with_axis(make) if self._mapped else make()
+            return with_axis(make) if self.engine.mapped else make()
 
-        return jax.jit(fresh)(key_pair(self.seed)[1], self._datum)
+        return jax.jit(fresh)(key_pair(self.seed)[1], self._data["train"].arguments)
 
     def _load(self) -> bool:
         """Takes over the checkpoint that `load_checkpoint` asks for; False where there is none to take."""
@@ -362,20 +361,19 @@ class Trainer:
             loaded = self.checkpointer.load_checkpoint(self.load_checkpoint, target)
             if loaded is None:
                 _logger.warning("no checkpoint in %s yet: starting fresh", self.checkpointer.path)
-        if loaded is None or self.load_weights:
-            self.checkpointer.leave_behind(after=-1)
+        goes_on = loaded is not None and not self.load_weights
+        self.checkpointer.leave_behind(loaded["number"] if loaded and goes_on else None)
         if loaded is None:
             return False
-        state = loaded["state"]
-        if self.load_weights:
-            self.train_state = self.init_train_state()._replace(params=state.params)
+        if not goes_on:
+            self.train_state = self.init_train_state()._replace(params=loaded["state"].params)
             return True
-        self.checkpointer.leave_behind(after=loaded["step"])
+        state, resume = loaded["state"], loaded["resume"]
         self.train_state = state._replace(opt_state=with_rate(self.learning_rate, state.opt_state))
-        self.log.resume(loaded["step"], loaded["history"])
-        if loaded["position"] is not None:
-            self.position = Position(**loaded["position"])
-            self.rng_seq = self.engine.put(jax.random.wrap_key_data(jnp.asarray(loaded["rng"])), SAME)
+        self.log.resume(loaded["step"], resume["history"] if resume else {})
+        if resume:
+            self.position = Position(**resume["position"])
+            self.rng_seq = self.engine.put(jax.random.wrap_key_data(jnp.asarray(resume["rng"])), SAME)
         return True
 
     def _resume_point(self) -> dict[str, Any]:
@@ -385,18 +383,6 @@ class Trainer:
             "position": dataclasses.asdict(self.position),
             "history": self.metrics,
         }
-
-    def _save_last(self) -> None:
-        """Saves the end of the run, so that nothing of it is lost between two saves."""
-        if self.checkpointer is not None:
-            self.checkpointer.save_latest(self.train_state, self.log.step, None, self._resume_point())
-
-    def _rest(self) -> None:
-        """Lets go of what a run holds, with everything on disk."""
-        for loader in self.loaders.values():
-            loader.close()
-        if self.checkpointer is not None:
-            self.checkpointer.close()
 
     # ---- the step, by hand
 
@@ -448,7 +434,7 @@ class Trainer:
         Raises:
             ValueError: a batch of another size or structure.
         """
-        host = arranged(batch, self._datum, self.batch_size, self.device_count)
+        host = arranged(batch, self._data["train"].arguments, self.batch_size, self.device_count)
         if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
             rng = jax.random.wrap_key_data(rng)
         data = self.engine.put(host, SPLIT)
@@ -472,34 +458,27 @@ class Trainer:
         return Repeated(loader, _SINGLE_BATCH_STEPS, datum=self.single_datum) if single else loader
 
     def _compile(self) -> None:
-        """Lowers and compiles the run's programs, on the shapes of the first datum."""
-        batch = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((self.batch_size, *leaf.shape), leaf.dtype), self._datum
-        )
+        """Lowers and compiles the run's programs, on the shapes of each split's first datum."""
         state, count = self.train_state, np.int32(self.batch_size)
-        self.engine.program(self._train, signature_of(batch), (state, self.rng_seq, batch))
-        if len(self.loaders) > 1:
-            args = (state.params, state.step, self.rng_seq, batch, count)
-            self.engine.program(self._evaluate, signature_of(batch), args)
-
-    def _due(self, step: int) -> bool:
-        return (
-            (self._plotter is not None and step % self.plot_every == 0)
-            or (self._sampler is not None and bool(self.sample_every) and step % (self.sample_every or 1) == 0)
-            or (self.save_model is not None and step % self.save_every == 0)
-            or (self.checkpointer is not None and self.checkpointer.due(step))
-        )
-
-    def _steps_done(self) -> int:
-        return self.position.epoch * len(self.loaders["train"]) + self.position.batch
+        for name, first in self._data.items():
+            batch = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((self.batch_size, *leaf.shape), leaf.dtype), first.arguments
+            )
+            if name != "train":
+                args = (state.params, state.step, self.rng_seq, batch, count)
+                self.engine.program(self._evaluate, signature_of(batch), args)
+                continue
+            self.engine.program(self._train, signature_of(batch), (state, self.rng_seq, batch))
+            if self._sampler is not None:
+                self._sampler.program(state, batch)
 
     def _unwrap(self, arguments: list[Any]) -> PyTree:
-        """Arguments as the dataset gives them: a datum that is no list is one argument."""
-        return arguments if self._splat else arguments[0]
+        """Arguments as the training set gives them: a datum that is no list is one argument."""
+        return arguments if self._data["train"].is_list else arguments[0]
 
     def _as_arguments(self, batch: PyTree) -> list[Any]:
         """A stacked batch as arguments, whether it was given as those or as the dataset gives them."""
-        return batch if jax.tree.structure(batch) == jax.tree.structure(self._datum) else [batch]
+        return batch if same_structure(batch, self._data["train"].arguments) else [batch]
 
 
 def _checkpointer(registry: str | Registry | None, run: Any, **policy: Any) -> Checkpointer | None:

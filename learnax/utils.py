@@ -55,7 +55,7 @@ def tree_stack(
             raise ValueError(_structure_text(names[0], trees[0], name, tree))
         rows.append(leaves)
     stack = stack or _stack
-    columns = []
+    columns: list[Any] = []
     for position, column in enumerate(zip(*rows, strict=True)):
         if not is_array(column[0]):
             columns.append(None)
@@ -104,6 +104,12 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
     """A pytree's leaves under names like `Dense_0/kernel`, in the tree's order."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def same_structure(tree: PyTree, other: PyTree) -> bool:
+    """Whether two pytrees have the same containers and leaves in the same places."""
+    structure: Any = jax.tree.structure(tree)
+    return bool(structure == jax.tree.structure(other))
 
 
 def describe(tree: PyTree) -> str:

@@ -10,6 +10,6 @@ from learnax.data.batch import (
 from learnax.data.loader import (
     Loader as Loader,
     Repeated as Repeated,
-    check_dataset as check_dataset,
+    FirstDatum as FirstDatum,
     first_datum as first_datum,
 )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from learnax.utils import PyTree, describe, tree_stack
+from learnax.utils import PyTree, describe, same_structure, tree_stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +68,14 @@ def arranged(batch: Any, datum: list[Any], batch_size: int, shards: int) -> list
     """
     wanted = jax.tree.leaves(datum)
     given = as_list(batch)
-    if jax.tree.structure(given) == jax.tree.structure(datum):
+    if same_structure(given, datum):
         leaves = jax.tree.leaves(given)
         for lead in ((batch_size,), (shards, batch_size // shards)):
             if all(jnp.shape(leaf) == (*lead, *jnp.shape(want)) for leaf, want in zip(leaves, wanted, strict=True)):
                 return jax.tree.map(lambda leaf, want: leaf.reshape(batch_size, *jnp.shape(want)), given, datum)
     if isinstance(batch, (list, tuple)) and len(batch) == batch_size:
         stacked = stack_on_host(batch, range(batch_size))
-        if jax.tree.structure(stacked) == jax.tree.structure(datum):
+        if same_structure(stacked, datum):
             return stacked
     raise ValueError(
         f"expected a batch of {batch_size} data, as a list or stacked, each of this structure:\n{describe(datum)}\n"

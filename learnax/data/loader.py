@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -40,7 +40,7 @@ class Loader:
         num_workers: int,
         put: Callable[[PyTree], PyTree],
     ):
-        check_dataset(name, dataset, batch_size, tail)
+        _check_dataset(name, dataset, batch_size, tail)
         self.name = name
         self.dataset = dataset
         self.batch_size = batch_size
@@ -119,7 +119,7 @@ class Repeated:
         """Nothing to end: the batch was read once."""
 
 
-def check_dataset(name: str, dataset: Any, batch_size: int, tail: bool) -> None:
+def _check_dataset(name: str, dataset: Any, batch_size: int, tail: bool) -> None:
     """Raises where a dataset cannot give a single batch."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
@@ -136,11 +136,20 @@ def check_dataset(name: str, dataset: Any, batch_size: int, tail: bool) -> None:
         )
 
 
-def first_datum(name: str, dataset: Any) -> tuple[list[Any], bool]:
-    """A dataset's first datum as the step sees each, and whether the dataset gave it as a list.
+class FirstDatum(NamedTuple):
+    """A dataset's first datum.
 
-    The datum is a list, with arrays for numbers and None for text.
+    Attributes:
+        arguments: as the step sees each: a list, with arrays for numbers and None for text.
+        is_list: whether the dataset gave it as a list.
     """
+
+    arguments: list[Any]
+    is_list: bool
+
+
+def first_datum(name: str, dataset: Any) -> FirstDatum:
+    """Reads a dataset's first datum."""
     (data,) = Here(name, dataset, [range(1)]).read(0)
     stacked = stack_on_host(data, [0])
-    return jax.tree.map(lambda leaf: leaf[0], stacked), isinstance(data[0], list)
+    return FirstDatum(jax.tree.map(lambda leaf: leaf[0], stacked), isinstance(data[0], list))

@@ -43,6 +43,7 @@ class Here:
         self._ranges = ranges
 
     def read(self, start: int) -> Iterator[list[Any]]:
+        """Reads each batch when it is asked for."""
         for indices in self._ranges[start:]:
             yield [self._item(index) for index in indices]
 
@@ -57,4 +58,5 @@ class Here:
 
 
 def error_text(name: str, index: int, error: BaseException) -> str:
+    """What a DatasetError says."""
     return f"dataset {name!r} raised at index {index}: {type(error).__name__}: {error}"

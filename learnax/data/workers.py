@@ -51,6 +51,7 @@ class Workers:
         self._next = 0
 
     def read(self, start: int) -> Iterator[list[Any]]:
+        """Takes each batch from the worker whose turn it is."""
         if self._stream is None or self._next != start % len(self._ranges):
             self._open(start)
         for number in range(start, len(self._ranges)):
@@ -59,6 +60,7 @@ class Workers:
             yield self._unpack(blob)
 
     def close(self) -> None:
+        """Ends the processes; a later pass starts new ones."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None

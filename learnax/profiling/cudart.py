@@ -72,10 +72,7 @@ def profiled() -> Iterator[str]:
 
 
 def _call(function: str) -> str:
-    if libcudart is None:
-        status = NO_LIBRARY
-    else:
-        status = error_text(getattr(libcudart, function)())
+    status = NO_LIBRARY if libcudart is None else error_text(getattr(libcudart, function)())
     if status != SUCCESS and status not in _said:
         _said.add(status)
         _logger.warning("%s: %s; nothing is collected for a CUDA profiler", function, status)

@@ -1,0 +1,215 @@
+"""What a run does between two steps: plots, samples and saves, each at exactly its own steps.
+
+An action says when (`due`) apart from what (the call). A showing action looks at the newest step's
+outputs and may add to its metrics; a saving one comes after that step's metrics are written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from learnax.checkpoint import Checkpointer
+from learnax.data import Batch, signature_of
+from learnax.engine import SAME, Engine, Kind, Program
+from learnax.state import PyTree, TrainState
+from learnax.utils import tree_unstack
+
+_SAMPLE_STREAM = 0x5A3
+"""Folded into the seed, so that sampling draws beside the training's random sequence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """The moment right after a training step.
+
+    Attributes:
+        step: updates made, this one included.
+        state: the state after it, on the devices; the next step takes over its buffers.
+        batch: what it was trained on.
+        outputs: the model's outputs, on the devices; None where no action asks for them.
+        metrics: the step's metrics.
+    """
+
+    step: int
+    state: TrainState
+    batch: Batch
+    outputs: PyTree
+    metrics: Mapping[str, float]
+
+
+class Action(Protocol):
+    """Something done at some steps."""
+
+    def due(self, step: int) -> bool:
+        """Whether this step is one of its own."""
+        ...
+
+    def __call__(self, moment: Moment) -> Mapping[str, float]:
+        """Does it; returns metrics that join the step's."""
+        ...
+
+
+class Every:
+    """A cadence: every `every` steps; None is never."""
+
+    def __init__(self, every: int | None):
+        self._every = every
+
+    def due(self, step: int) -> bool:
+        """Whether this step is one of its own."""
+        return self._every is not None and step > 0 and step % self._every == 0
+
+
+class Plotter(Every):
+    """Calls the user's `plot_pipe` with the outputs of a training step.
+
+    Args:
+        every: steps between plots.
+        plot_pipe: `(run, outputs, batch)`, both lists of one pytree per datum, on the host.
+        plot_model: maps each output first, or None.
+        run: handed on.
+        unwrap: turns stacked arguments into stacked data as the dataset gives them.
+    """
+
+    def __init__(
+        self,
+        every: int | None,
+        plot_pipe: Callable[..., Any],
+        plot_model: Callable[[Any], Any] | None,
+        run: Any,
+        unwrap: Callable[[list[Any]], PyTree],
+    ):
+        super().__init__(every)
+        self._plot_pipe = plot_pipe
+        self._plot_model = plot_model
+        self._run = run
+        self._unwrap = unwrap
+
+    def __call__(self, moment: Moment) -> Mapping[str, float]:
+        """Plots."""
+        outputs = tree_unstack(_to_host(moment.outputs))
+        if self._plot_model is not None:
+            outputs = [self._plot_model(output) for output in outputs]
+        self._plot_pipe(self._run, outputs, tree_unstack(self._unwrap(moment.batch.host)))
+        return {}
+
+
+class Sampler(Every):
+    """Samples the user's model on the first data of a batch, plots the samples and measures them.
+
+    Args:
+        every: steps between samplings.
+        sample_model: `(params, key, datum) -> sample`, mapped over the data.
+        sample_params: merged over the parameters, a nested mapping or None.
+        sample_plot: `(run, samples, None)`, or None.
+        sample_metrics: `(sample, datum) -> dict of scalars`, or None.
+        size: data that are sampled on.
+        seed: of the run; sampling takes nothing from its training sequence.
+        run: handed on.
+        engine: compiles the sampling.
+        unwrap: turns stacked arguments into stacked data as the dataset gives them.
+    """
+
+    def __init__(
+        self,
+        every: int | None,
+        sample_model: Callable[..., Any],
+        sample_params: Mapping[str, Any] | None,
+        sample_plot: Callable[..., Any] | None,
+        sample_metrics: Callable[..., Mapping[str, Any]] | None,
+        size: int,
+        seed: int,
+        run: Any,
+        engine: Engine,
+        unwrap: Callable[[list[Any]], PyTree],
+    ):
+        super().__init__(every)
+        self._params = engine.put(dict(sample_params or {}), SAME)
+        self._plot = sample_plot
+        self._metrics = sample_metrics
+        self._size = size
+        self._run = run
+        self._engine = engine
+        self._unwrap = unwrap
+
+        def sample(params: PyTree, over: PyTree, step: jax.Array, data: PyTree) -> tuple[PyTree]:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _SAMPLE_STREAM), step)
+            keys = jax.random.split(key, size)
+            return (jax.vmap(sample_model, in_axes=(None, 0, 0))(_merged(params, over), keys, data),)
+
+        self._kind = Kind("sample", sample, (SAME, SAME, SAME, SAME), (SAME,))
+
+    def program(self, state: TrainState, batch: list[Any]) -> Program:
+        """The compiled sampling for a batch's arguments, or for their shapes."""
+        data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self._size, *leaf.shape[1:]), leaf.dtype), batch)
+        args = (state.params, self._params, state.step, self._unwrap(data))
+        return self._engine.program(self._kind, signature_of(data), args)
+
+    def __call__(self, moment: Moment) -> Mapping[str, float]:
+        """Samples once; returns the means of the samples' metrics."""
+        data = self._unwrap(jax.tree.map(lambda leaf: leaf[: self._size], moment.batch.host))
+        program = self.program(moment.state, moment.batch.host)
+        (stacked,) = program(moment.state.params, self._params, moment.state.step, self._engine.put(data, SAME))
+        samples = tree_unstack(_to_host(stacked))
+        if self._plot is not None:
+            self._plot(self._run, samples, None)
+        if self._metrics is None:
+            return {}
+        rows = [self._metrics(sample, datum) for sample, datum in zip(samples, tree_unstack(data), strict=True)]
+        return {name: float(np.mean([np.asarray(row[name]) for row in rows])) for name in rows[0]}
+
+
+class ModelSaver(Every):
+    """Calls the user's `save_model(params)` with a copy on the host.
+
+    Args:
+        every: steps between calls.
+        save_model: `params -> None`.
+    """
+
+    def __init__(self, every: int | None, save_model: Callable[[PyTree], Any]):
+        super().__init__(every)
+        self._save_model = save_model
+
+    def __call__(self, moment: Moment) -> Mapping[str, float]:
+        """Saves."""
+        self._save_model(_to_host(moment.state.params))
+        return {}
+
+
+class StateSaver:
+    """Saves the checkpoints that are due.
+
+    Args:
+        checkpointer: knows when, and writes them.
+        resume_point: what a checkpoint holds beside the state.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, resume_point: Callable[[], dict[str, Any]]):
+        self._checkpointer = checkpointer
+        self._resume_point = resume_point
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint of any sort is due."""
+        return self._checkpointer.should_save_latest(step) or self._checkpointer.should_save_numbered(step)
+
+    def __call__(self, moment: Moment) -> Mapping[str, float]:
+        """Saves."""
+        self._checkpointer.maybe_save_checkpoints(moment.state, moment.step, moment.metrics, self._resume_point())
+        return {}
+
+
+def _to_host(tree: PyTree) -> PyTree:
+    """Waits for arrays and copies them to numpy: a view would keep the next step from reusing the buffer."""
+    return jax.tree.map(np.array, tree)
+
+
+def _merged(params: Any, over: Any) -> Any:
+    if not isinstance(over, Mapping) or not isinstance(params, Mapping):
+        return over
+    return {**params, **{name: _merged(params.get(name), value) for name, value in over.items()}}

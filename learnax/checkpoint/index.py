@@ -1,0 +1,69 @@
+"""What each save is: its step, whether it is numbered, whether it was the best when it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """One save.
+
+    Attributes:
+        step: updates that its state had seen.
+        numbered: whether it is one of the numbered checkpoints.
+        best: its metric, if it was better than all before; else None.
+    """
+
+    step: int
+    numbered: bool = False
+    best: float | None = None
+
+
+class Index:
+    """The entries of a folder's saves, by their numbers; a small file beside them.
+
+    An entry is written before its save: one without a save (a kill before it was whole) is passed
+    over by those who ask, with the numbers that are on disk.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.entries: dict[int, Entry] = {}
+
+    def load(self) -> Index:
+        """Reads the file, where there is one."""
+        if self._path.exists():
+            self.entries = {int(number): Entry(*entry) for number, entry in json.loads(self._path.read_text()).items()}
+        return self
+
+    def add(self, number: int, entry: Entry) -> None:
+        """Tells of a save that is about to be made."""
+        self.entries[number] = entry
+        self._write(self._path)
+
+    def best(self, numbers: Iterable[int]) -> int | None:
+        """The best of these saves; each best one was better than those before it."""
+        return max((n for n in numbers if n in self.entries and self.entries[n].best is not None), default=None)
+
+    def numbered(self, numbers: Iterable[int]) -> list[int]:
+        """Those of these saves that are numbered checkpoints, oldest first."""
+        return sorted(n for n in numbers if n in self.entries and self.entries[n].numbered)
+
+    def at_step(self, step: int, numbers: Iterable[int]) -> int | None:
+        """The newest of these saves that was made at a step."""
+        return max((n for n in numbers if n in self.entries and self.entries[n].step == step), default=None)
+
+    def move_after(self, number: int, path: Path) -> None:
+        """Copies everything to another folder's index, and forgets what came after a save."""
+        self._write(path)
+        self.entries = {n: entry for n, entry in self.entries.items() if n <= number}
+        self._write(self._path)
+
+    def _write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(self.entries))
+        draft.replace(path)

@@ -1,0 +1,32 @@
+"""Four CPU devices, no accelerator, no network, no progress bars, strict dtype promotion."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(params=[1, 2, 4])
+def devices(request):
+    return jax.devices()[: request.param]
+
+
+@pytest.fixture
+def one_device():
+    return jax.devices()[:1]
+
+
+@pytest.fixture(autouse=True)
+def registry_path(tmp_path, monkeypatch):
+    """A registry folder of the test's own."""
+    path = tmp_path / "registry"
+    monkeypatch.setenv("TRAINAX_REGISTRY_PATH", str(path))
+    return path

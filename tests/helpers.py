@@ -1,0 +1,91 @@
+"""Small models and data that many tests train on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from learnax.loss import LossFunction, LossPipe
+from learnax.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+
+
+class MLP(nn.Module):
+    """Two layers; the target rides along as the second argument of a list datum."""
+
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x, y=None):
+        return nn.Dense(3)(nn.relu(nn.Dense(self.width)(x)))
+
+
+class Squared(LossFunction):
+    def _call(self, output, batch):
+        error = jnp.mean((output - batch[1]) ** 2)
+        return output, error, {"rmse": jnp.sqrt(error)}
+
+
+def make_data(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [[rng.normal(size=8).astype(np.float32), rng.normal(size=3).astype(np.float32)] for _ in range(n)]
+
+
+def make_trainer(**overrides):
+    """A trainer on one device: 5 steps of 8 an epoch, 2 epochs, unless told otherwise."""
+    arguments = {
+        "model": MLP(),
+        "learning_rate": 1e-2,
+        "losses": LossPipe([Squared()]),
+        "seed": 0,
+        "train_dataset": make_data(43),
+        "num_epochs": 2,
+        "batch_size": 8,
+        "num_workers": 0,
+        "devices": jax.devices()[:1],
+    }
+    return Trainer(**(arguments | overrides))
+
+
+class MemoryRun:
+    """A run that keeps what it is told."""
+
+    id = "memory"
+    name = "memory"
+
+    def __init__(self):
+        self.rows = []
+
+    def log(self, values):
+        self.rows.append(values)
+
+
+def run_script(source, tmp_path, *, env=None, check=True, name="script.py", timeout=200):
+    """Runs a script in a process of its own, as a user would."""
+    path = tmp_path / name
+    path.write_text(source)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    result = subprocess.run(
+        [sys.executable, str(path)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=timeout
+    )
+    if check and result.returncode:
+        raise AssertionError(f"the script ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def assert_trees_equal(left, right):
+    jax.tree.map(np.testing.assert_array_equal, host(left), host(right))
+
+
+def assert_trees_close(left, right, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), host(left), host(right))
