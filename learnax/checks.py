@@ -85,10 +85,9 @@ def _check_whole(name: str, value: Any, least: int | None = None, hint: str = ""
 def _check_rate(rate: Any) -> None:
     if callable(rate):
         return
-    try:
-        value = float(rate)
-    except (TypeError, ValueError):
-        raise TypeError(f"learning_rate must be a number or an optax schedule, but is {rate!r}") from None
+    if isinstance(rate, str) or not hasattr(rate, "__float__"):
+        raise TypeError(f"learning_rate must be a number or an optax schedule, but is {rate!r}")
+    value = float(rate)
     if not 0 <= value < float("inf"):
         raise ValueError(f"learning_rate must be finite and at least 0, but is {value}")
 

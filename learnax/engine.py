@@ -94,7 +94,14 @@ class Engine:
 
     def own(self, tree: PyTree) -> PyTree:
         """Copies a tree to each device, into buffers that a program may take for its own."""
-        return jax.device_put(tree, self.sharding(SAME), may_alias=False)
+        sharding = self.sharding(SAME)
+
+        # Only a copy of an array that JAX holds is sure to be one: a CPU device may go on using numpy's memory,
+        # and could not reuse it. Leaf by leaf, so that no second state is there in between.
+        def copy(leaf: Any) -> jax.Array:
+            return jax.device_put(jax.device_put(leaf, sharding), sharding, may_alias=False)
+
+        return jax.tree.map(copy, tree)
 
     def sharding(self, spec: PartitionSpec) -> jax.sharding.Sharding:
         """The same in JAX's terms; plain for one device, so that its arrays are like any others."""

@@ -38,14 +38,13 @@ class Run:
             config: a mapping, dataclass or OmegaConf config.
             entity: the wandb entity; None takes wandb's own default.
         """
-        import wandb
         from omegaconf import OmegaConf
 
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         config = OmegaConf.create({}) if config is None else OmegaConf.create(config)
         plain: Any = OmegaConf.to_container(config, resolve=True)
-        session = wandb.init(project=project, entity=entity, config=plain, dir=str(folder))
+        session = _session(project=project, entity=entity, config=plain, dir=str(folder))
         run = cls(session.id, folder / session.id, session.name, session)
         run.path.mkdir(exist_ok=True)
         OmegaConf.save(config, run.path / "config.yml")
@@ -58,20 +57,19 @@ class Run:
         Raises:
             FileNotFoundError: there is no such run.
         """
-        import wandb
-
         folder = cls.folder(id, path)
-        session = wandb.init(project=project, entity=entity, id=id, resume="allow", dir=str(Path(path)))
+        session = _session(project=project, entity=entity, id=id, resume="allow", dir=str(Path(path)))
         return cls(id, folder, session.name, session)
 
     @staticmethod
     def folder(id: str, path: str | os.PathLike[str]) -> Path:
         """The folder of a run; FileNotFoundError, with the runs there are, where it is not there."""
-        folder = Path(path) / id
-        if not folder.is_dir():
-            there = sorted(entry.parent.name for entry in Path(path).glob("*/config.yml"))
-            raise FileNotFoundError(f"no run {id!r} in {path}; there are: {', '.join(there) or 'none'}")
-        return folder
+        # A trainer on a plain wandb run leaves checkpoints and no config; wandb's own folder has neither.
+        folders = {entry.parent for kept in ("config.yml", "checkpoints") for entry in Path(path).glob(f"*/{kept}")}
+        there = {folder.name: folder for folder in folders}
+        if id not in there:
+            raise FileNotFoundError(f"no run {id!r} in {path}; there are: {', '.join(sorted(there)) or 'none'}")
+        return there[id]
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Logs to wandb; a run without a session keeps nothing."""
@@ -111,7 +109,11 @@ class Run:
 
     def read_all(self, pattern: str, read_fn: Callable[[Path], Any] = Path.read_bytes) -> list[Any]:
         """Reads all files of the run's folder that match a glob pattern, in the order of their names."""
-        return [read_fn(path) for path in sorted(self.path.glob(pattern))]
+        return [
+            read_fn(self._inside(path.relative_to(self.path)))
+            for path in sorted(self.path.glob(pattern))
+            if path.is_file()
+        ]
 
     def save(self, filename: str, data: bytes | str | Any, write_fn: Callable[[Path, Any], Any] | None = None) -> Path:
         """Writes a file into the run's folder.
@@ -148,8 +150,16 @@ class Run:
         path.mkdir(parents=True)
         return path
 
-    def _inside(self, name: str) -> Path:
+    def _inside(self, name: str | os.PathLike[str]) -> Path:
         path = (self.path / name).resolve()
         if not path.is_relative_to(self.path.resolve()):
-            raise ValueError(f"{name!r} is outside of the run's folder {self.path}")
+            raise ValueError(f"{str(name)!r} is outside of the run's folder {self.path}")
         return path
+
+
+def _session(**options: Any) -> Any:
+    import wandb
+
+    # A script that starts a second run would be given the session of the first again, and log both into one.
+    wandb.finish()
+    return wandb.init(**options)

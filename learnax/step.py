@@ -209,7 +209,9 @@ def _sound(grads: PyTree, norm: jax.Array) -> jax.Array:
     """
 
     def each_finite() -> jax.Array:
-        return jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
+        return functools.reduce(
+            jnp.logical_and, [jnp.isfinite(g).all() for g in jax.tree.leaves(grads)], jnp.asarray(True)
+        )
 
     return jax.lax.cond(jnp.isfinite(norm), lambda: jnp.asarray(True), each_finite)
 

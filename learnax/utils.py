@@ -57,11 +57,8 @@ def tree_stack(
     stack = stack or _stack
     columns: list[Any] = []
     for position, column in enumerate(zip(*rows, strict=True)):
-        if not is_array(column[0]):
-            columns.append(None)
-            continue
         _check_column(column, names, trees[0], position)
-        columns.append(stack(list(column)))
+        columns.append(stack(list(column)) if is_array(column[0]) else None)
     return jax.tree_util.tree_unflatten(structure, columns)
 
 
@@ -139,14 +136,21 @@ def _stack(leaves: list[Any]) -> Any:
 
 
 def _check_column(column: Sequence[Any], names: Sequence[int], tree: PyTree, position: int) -> None:
-    shape = np.shape(column[0])
+    shape = _shape(column[0])
     for name, leaf in zip(names, column, strict=True):
-        if not is_array(leaf) or np.shape(leaf) != shape:
-            came = f"shape {np.shape(leaf)}" if is_array(leaf) else f"{type(leaf).__name__} {leaf!r:.40}"
+        if _shape(leaf) != shape:
             raise ValueError(
-                f"leaf {_paths(tree)[position]} differs within a batch: datum {names[0]} has shape {shape}, "
-                f"datum {name} has {came}; pad the data to one shape"
+                f"leaf {_paths(tree)[position]} differs within a batch: datum {names[0]} has {_kind(column[0])}, "
+                f"datum {name} has {_kind(leaf)}; pad the data to one shape"
             )
+
+
+def _shape(leaf: Any) -> tuple[int, ...] | None:
+    return np.shape(leaf) if is_array(leaf) else None
+
+
+def _kind(leaf: Any) -> str:
+    return f"shape {np.shape(leaf)}" if is_array(leaf) else f"{type(leaf).__name__} {leaf!r:.40}"
 
 
 def _structure_text(name: int, tree: PyTree, other_name: int, other: PyTree) -> str:

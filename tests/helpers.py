@@ -67,10 +67,11 @@ class MemoryRun:
 
 
 def run_script(source, tmp_path, *, env=None, check=True, name="script.py", timeout=200):
-    """Runs a script in a process of its own, as a user would."""
+    """Runs a script in a process of its own, as a user would; a variable that is None is unset."""
     path = tmp_path / name
     path.write_text(source)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    environment = {name: value for name, value in environment.items() if value is not None}
     result = subprocess.run(
         [sys.executable, str(path)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=timeout
     )

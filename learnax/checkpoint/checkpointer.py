@@ -85,13 +85,13 @@ class Checkpointer:
             resume: what a run needs to go on as if it had not stopped: a dict with `rng` (key data),
                 `position` (plain values) and `history` (metric name -> floats), or None.
         """
-        self._save(state, Entry(step, numbered=True), metrics, resume)
+        self._save(state, Entry(int(step), numbered=True), metrics, resume)
 
     def save_latest(
         self, state: TrainState, step: int, metrics: Mapping[str, float] | None = None, resume: Any = None
     ) -> None:
         """Saves the latest checkpoint, in place of the one before; see `save_checkpoint`."""
-        self._save(state, Entry(step), metrics, resume)
+        self._save(state, Entry(int(step)), metrics, resume)
 
     def update_best_checkpoint(
         self, state: TrainState, step: int, metrics: Mapping[str, float], resume: Any = None
@@ -109,7 +109,7 @@ class Checkpointer:
         old = None if best is None else self._index.entries[best].best
         if old is not None and not (value < old if self.minimize_metric else value > old):
             return False
-        self._save(state, Entry(step, best=float(value)), metrics, resume)
+        self._save(state, Entry(int(step), best=float(value)), metrics, resume)
         return True
 
     def maybe_save_checkpoints(
@@ -156,10 +156,11 @@ class Checkpointer:
     def list_available_checkpoints(self) -> list[str | int]:
         """What `load_checkpoint` can load: "latest" and "best" where there are such, and each step."""
         numbers = self._numbers()
+        index = self._load_index()
         names: list[str | int] = ["latest"] if numbers else []
-        if self._index.load().best(numbers) is not None:
+        if index.best(numbers) is not None:
             names.append("best")
-        return [*names, *sorted({self._index.entries[n].step for n in numbers if n in self._index.entries})]
+        return [*names, *sorted({index.entries[number].step for number in numbers})]
 
     def leave_behind(self, after: int | None) -> None:
         """Tells that the run goes on from a save, or from none: later ones are of another past.
@@ -203,9 +204,9 @@ class Checkpointer:
             **({"rng": resume["rng"]} if "rng" in resume else {}),
         }
         meta = {
-            "step": entry.step,
+            **entry._asdict(),
             "time": time.time(),
-            "metrics": dict(metrics) if metrics else None,
+            "metrics": {name: float(value) for name, value in metrics.items()} if metrics else None,
             "history": list(history),
             "position": resume.get("position"),
         }
@@ -234,7 +235,7 @@ class Checkpointer:
             )
             self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=_handlers(ocp))
             self._sweep()
-            self._index.load()
+            self._load_index()
 
     def _sweep(self) -> None:
         """Deletes what orbax only moved out of the way."""
@@ -245,13 +246,14 @@ class Checkpointer:
         numbers = [number for number in self._numbers() if number > after]
         if not numbers:
             return
+        index = self._load_index()
         version = 1
         while (aside := self.path.with_name(f"{self.path.name}.{version}")).exists():
             version += 1
         aside.mkdir()
         for number in numbers:
             (self.path / str(number)).rename(aside / str(number))
-        self._index.load().move_after(after, aside / _INDEX)
+        index.move_after(after, aside / _INDEX)
         _logger.warning("%d checkpoints of an earlier run were moved to %s", len(numbers), aside)
 
     def _numbers(self) -> list[int]:
@@ -261,17 +263,25 @@ class Checkpointer:
         if not self.path.is_dir():
             return []
         # A save has its plain name only once it is whole: orbax writes under another and renames.
-        return sorted(int(entry.name) for entry in self.path.iterdir() if entry.name.isdigit() and entry.is_dir())
+        return sorted(int(entry.name) for entry in self.path.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+    def _load_index(self) -> Index:
+        """The index as it is on disk; what it lacks, should the file be lost, is read from the saves themselves."""
+        index = self._index.load()
+        for number in self._numbers():
+            if number not in index.entries:
+                index.entries[number] = self._read_entry(number)
+        return index
 
     def _resolve(self, checkpoint: Any) -> int | None:
         """The number of the save that is meant; None for the latest of none."""
         self.wait()
         numbers = self._numbers()
-        index = self._index.load()
+        index = self._load_index()
         if checkpoint == "best":
             number = index.best(numbers)
         elif isinstance(checkpoint, str) and (
-            not checkpoint.isdigit() or index.at_step(int(checkpoint), numbers) is None
+            not checkpoint.isdecimal() or index.at_step(int(checkpoint), numbers) is None
         ):
             return max(numbers, default=None)  # a run's id
         elif checkpoint is True or checkpoint == -1:
@@ -285,12 +295,19 @@ class Checkpointer:
             raise FileNotFoundError(f"no checkpoint {str(checkpoint)!r} in {self.path}; there are: {there}")
         return number
 
+    def _read_entry(self, number: int) -> Entry:
+        import orbax.checkpoint as ocp
+
+        with _reader(ocp) as reader:
+            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            meta = reader.restore(self.path / str(number), args=args)[_META]
+        return Entry(*(meta[field] for field in Entry._fields))
+
     def _read(self, number: int, target: TrainState | None) -> dict[str, Any]:
         import orbax.checkpoint as ocp
 
         folder = self.path / str(number)
-        handler = ocp.CompositeCheckpointHandler(**_handlers(ocp))
-        with ocp.Checkpointer(handler) as reader:
+        with _reader(ocp) as reader:
             shapes = reader.metadata(folder).item_metadata[_STATE].tree
             # As numpy, so that a checkpoint does not ask for the devices that it was written on.
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
@@ -324,6 +341,10 @@ class _Keep:
             numbered = numbered[-self._max_checkpoints :]
         kept = {*steps[-1:], *numbered, self._index.best(steps)}
         return [step in kept for step in steps]
+
+
+def _reader(ocp: Any) -> Any:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers(ocp)))
 
 
 def _handlers(ocp: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,9 +35,10 @@ class Index:
         self.entries: dict[int, Entry] = {}
 
     def load(self) -> Index:
-        """Reads the file, where there is one."""
-        if self._path.exists():
-            self.entries = {int(number): Entry(*entry) for number, entry in json.loads(self._path.read_text()).items()}
+        """Reads the file, where there is one; one cut short by a power loss is as good as none."""
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            entries = json.loads(self._path.read_text())
+            self.entries = {int(number): Entry(*entry) for number, entry in entries.items()}
         return self
 
     def add(self, number: int, entry: Entry) -> None:
@@ -49,8 +51,9 @@ class Index:
         return max((n for n in numbers if n in self.entries and self.entries[n].best is not None), default=None)
 
     def numbered(self, numbers: Iterable[int]) -> list[int]:
-        """Those of these saves that are numbered checkpoints, oldest first."""
-        return sorted(n for n in numbers if n in self.entries and self.entries[n].numbered)
+        """Those of these saves that are numbered checkpoints, oldest first; of two at one step, the newer."""
+        newest = {self.entries[n].step: n for n in sorted(numbers) if n in self.entries and self.entries[n].numbered}
+        return sorted(newest.values())
 
     def at_step(self, step: int, numbers: Iterable[int]) -> int | None:
         """The newest of these saves that was made at a step."""

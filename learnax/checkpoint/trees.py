@@ -50,7 +50,8 @@ def as_state(tree: dict[str, Any], target: TrainState | None, path: Path) -> Tra
 def _default_opt_state(params: PyTree, saved: PyTree) -> PyTree:
     """The saved optimiser state in the default optimiser's containers, with a fixed rate or a schedule."""
     for rate in (0.0, lambda count: 0.0):
-        shapes = jax.eval_shape(adam(rate).init, params)
+        with jax.numpy_dtype_promotion("standard"):  # of parameters of several dtypes, it asks for the highest
+            shapes = jax.eval_shape(adam(rate).init, params)
         if not _differences(leaves_by_path(saved), leaves_by_path(shapes)):
             leaves = leaves_by_path(saved)
             return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in leaves_by_path(shapes)])

@@ -1,0 +1,129 @@
+"""The rooms: imports point downward only, and importing learnax costs little."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import learnax
+from tests.helpers import ROOT, run_script
+
+PACKAGE = Path(learnax.__file__).parent
+# From the top down: a room imports rooms of later rows only, or of its own package.
+ROOMS = [
+    ["trainer"],
+    ["actions", "checks"],
+    ["registry"],
+    ["run"],
+    ["log", "engine", "checkpoint", "data"],
+    ["step"],
+    ["state", "loss"],
+    ["metrics", "utils", "profiling"],
+]
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import, which this test does not follow"
+            names = [f"{node.module}.{alias.name}" if node.module == "learnax" else node.module for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("learnax."))
+
+
+def modules():
+    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+
+
+def test_imports_point_down():
+    assert len(modules()) > 15
+    for path in modules():
+        for other in imported_rooms(path):
+            mine = room_of(path)
+            assert mine == other or LEVEL[mine] < LEVEL[other], f"{path.name} ({mine}) imports {other}, not below it"
+
+
+def test_what_users_import_beside_the_trainer_knows_no_trainer():
+    for room in ("loss", "metrics", "utils", "profiling"):
+        for path in modules():
+            if room_of(path) == room:
+                assert set(imported_rooms(path)) <= {room}, path
+    for path in modules():
+        if room_of(path) in ("run", "registry", "checkpoint"):
+            assert set(imported_rooms(path)) <= {"run", "registry", "checkpoint", "state", "utils"}, path
+
+
+def test_the_training_loop_fits_on_a_screen():
+    trainer = ast.parse((PACKAGE / "trainer.py").read_text())
+    (cls,) = [node for node in trainer.body if isinstance(node, ast.ClassDef)]
+    methods = {node.name: node for node in cls.body if isinstance(node, ast.FunctionDef)}
+    assert methods["_step"].end_lineno - methods["train"].lineno < 50
+
+
+def test_the_top_level_is_as_documented():
+    for name in ("trainer", "loss", "metrics", "checkpoint", "registry", "run", "utils", "profiling"):
+        assert hasattr(learnax, name)
+    from learnax.checkpoint import Checkpointer
+    from learnax.loss import LossFunction, LossPipe
+    from learnax.metrics import Metric, MetricPipe
+    from learnax.registry import Registry
+    from learnax.run import Run
+    from learnax.trainer import Trainer, TrainState, in_notebook, libcudart
+    from learnax.utils import tree_stack, tree_unstack
+
+    names = [Trainer, TrainState, in_notebook, LossFunction, LossPipe, Metric, MetricPipe, Checkpointer, Registry, Run]
+    assert all(callable(name) for name in (*names, tree_stack, tree_unstack))
+    assert libcudart is None or hasattr(libcudart, "cudaProfilerStart")
+
+
+def test_importing_loads_none_of_what_is_used_later():
+    source = (
+        "import sys, learnax\n"
+        "later = ('wandb', 'orbax', 'grain', 'omegaconf', 'matplotlib', 'IPython', 'sklearn')\n"
+        "print([name for name in later if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert result.stdout == "[]\n", result.stderr
+
+
+BARE = """
+import socket, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("wandb", "orbax", "grain", "omegaconf", "matplotlib", "cloudpickle"):
+            raise ModuleNotFoundError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Missing())
+
+def no_network(*args):
+    raise OSError("no network")
+
+socket.socket.connect = no_network
+import numpy as np
+import flax.linen as nn
+from learnax.trainer import Trainer, libcudart
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(x)
+
+data = [np.full(3, i, np.float32) for i in range(8)]
+trainer = Trainer(Net(), 1e-2, lambda output, datum: (output, (output[0] - 1) ** 2, {}), 0, data, 2, 4, 0,
+                  val_datasets=[data])
+print(trainer.train(), len(trainer.metrics["val/loss"]))
+"""
+
+
+def test_the_core_runs_without_cuda_without_network_and_without_what_it_does_not_use(tmp_path):
+    result = run_script(BARE, tmp_path, env={"XLA_FLAGS": ""})
+    assert result.stdout == "None 2\n"

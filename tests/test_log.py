@@ -1,0 +1,158 @@
+"""Metrics: what is kept, what goes to the run, what the bar shows."""
+
+import logging
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from learnax.log import Log, Means, in_notebook
+from tests.helpers import MemoryRun, make_data, make_trainer, run_script
+
+STEP = ["loss", "rmse", "gradient norm", "update_time", "has_nan", "learning_rate"]
+
+
+def test_every_documented_metric_is_there_per_step_and_per_epoch():
+    trainer = make_trainer(val_datasets={"near": make_data(8)})
+    trainer.train()
+    lengths = {name: len(values) for name, values in trainer.metrics.items()}
+    assert lengths == (
+        {f"train/{name}": 10 for name in STEP}
+        | {f"train_epoch/{name}": 2 for name in STEP}
+        | {f"near{kind}/{name}": 2 for kind in ("", "_epoch") for name in ("loss", "rmse")}
+    )
+    assert all(type(value) is float for values in trainer.metrics.values() for value in values)
+
+
+def test_an_epochs_metrics_are_the_means_of_its_steps():
+    trainer = make_trainer()
+    trainer.train()
+    for name in STEP:
+        values = np.reshape(trainer.metrics[f"train/{name}"], (2, 5))
+        np.testing.assert_allclose(trainer.metrics[f"train_epoch/{name}"], values.mean(1), rtol=1e-6)
+
+
+def test_the_run_gets_the_same_and_gradient_norms_by_parameter():
+    run = MemoryRun()
+    trainer = make_trainer(run=run, val_datasets=[make_data(8)])
+    trainer.train()
+    count = sum(leaf.size for leaf in trainer.train_state.params["Dense_0"].values())
+    count += sum(leaf.size for leaf in trainer.train_state.params["Dense_1"].values())
+    assert [row for row in run.rows if "model/num_params" in row] == [{"model/num_params": count}]
+    steps = [row for row in run.rows if "train/loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert [row["epoch"] for row in steps] == [0] * 5 + [1] * 5
+    for name in STEP:
+        assert [row[f"train/{name}"] for row in steps] == trainer.metrics[f"train/{name}"]
+    norms = ["grads/Dense_0/bias", "grads/Dense_0/kernel", "grads/Dense_1/bias", "grads/Dense_1/kernel"]
+    for row in steps:
+        assert sorted(name for name in row if name.startswith("grads/")) == norms
+        whole = np.sqrt(sum(row[name] ** 2 for name in norms))
+        assert row["train/gradient norm"] == pytest.approx(whole, rel=1e-5)
+    (first, _) = [row for row in run.rows if "val/loss" in row]
+    assert first == {
+        "val/loss": trainer.metrics["val/loss"][0],
+        "val/rmse": trainer.metrics["val/rmse"][0],
+        "val_epoch/loss": trainer.metrics["val/loss"][0],
+        "val_epoch/rmse": trainer.metrics["val/rmse"][0],
+        "step": 5,
+        "epoch": 0,
+    }
+
+
+def test_update_times_are_seconds_that_sum_to_no_more_than_the_run(monkeypatch):
+    now = [0.0]
+
+    def clock():
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr("learnax.log.time.perf_counter", clock)
+    trainer = make_trainer(num_epochs=1)
+    began = now[0]
+    trainer.train()
+    assert 5 <= sum(trainer.metrics["train/update_time"]) <= now[0] - began
+
+
+class Failing(MemoryRun):
+    def log(self, values):
+        super().log(values)
+        raise ConnectionError("no route to host")
+
+
+def test_a_run_that_raises_is_told_of_once_and_loses_nothing(caplog):
+    run = Failing()
+    trainer = make_trainer(run=run)
+    with caplog.at_level(logging.WARNING, "learnax"):
+        assert trainer.train() is run
+    assert [record.message for record in caplog.records] == [
+        "run.log raised ConnectionError: no route to host; training goes on"
+    ]
+    assert len(trainer.metrics["train/loss"]) == 10
+    assert sum("train/loss" in row for row in run.rows) == 10
+
+
+@pytest.mark.parametrize("in_flight", [0, 2])
+def test_scalars_are_read_when_later_steps_are_under_way(in_flight):
+    log = Log(None, in_flight, 5)
+    for step in range(5):
+        log.wait_for_room()
+        assert len(log.metrics.get("train/loss", [])) == max(0, step - in_flight)
+        log.push(("loss", "has_nan"), jnp.array([step, 0], jnp.float32), 0)
+        assert log.step_at_most == step + 1
+    log.drain()
+    assert log.metrics["train/loss"] == [0, 1, 2, 3, 4]
+    assert log.step == 5
+
+
+def test_the_newest_steps_metrics_can_be_added_to():
+    log = Log(None, 2, 2)
+    for step in range(2):
+        log.push(("loss", "has_nan"), jnp.array([step, 0], jnp.float32), 0)
+    with log.newest() as metrics:
+        assert metrics["loss"] == 1
+        metrics["more"] = 5.0
+    assert log.metrics["train/loss"] == [0, 1]
+    assert log.metrics["train/more"] == [5]
+
+
+def test_means_are_of_all_data_however_they_are_cut():
+    means = Means(1)
+    for sums, count in (([6, 1], 3), ([4, 1], 2)):
+        means.push(("loss", "hits"), jnp.array(sums, jnp.float32), count)
+    assert means.result() == {"loss": 2.0, "hits": 0.4}
+
+
+def test_many_dropped_updates_are_not_told_one_by_one(caplog):
+    log = Log(None, 0, 300)
+    for _ in range(250):
+        log.push(("loss", "has_nan", "learning_rate", "grads/w"), jnp.array([1, 1, 0.1, jnp.nan]), 0)
+    log.drain()
+    assert len(caplog.records) == 12
+    assert caplog.records[-1].message == (
+        "step 1: the update would put NaN into the parameters and was dropped (200 so far): "
+        "the gradient is not finite in w"
+    )
+
+
+BAR = """
+from tests.helpers import make_trainer
+trainer = make_trainer()
+trainer.epoch(0)
+trainer.train()
+"""
+
+
+def test_the_bar_shows_the_epoch_loss_speed_and_share_of_waiting(tmp_path):
+    shown = run_script(BAR, tmp_path, env={"TQDM_DISABLE": None}).stderr
+    first, second = shown.strip().split("\n")
+    for text, epoch, done in ((first, "epoch 1/2:  50%", " 5/10 "), (second, "epoch 2/2: 100%", " 10/10 ")):
+        last = text.split("\r")[-1]
+        assert epoch in last
+        assert done in last
+        assert re.search(r"step/s, loss=[\d.]+, steps/s=[\d.]+, data=\d+%", last), last
+
+
+def test_this_is_no_notebook():
+    assert not in_notebook()

@@ -1,0 +1,359 @@
+"""A run that was stopped goes on as if it had not been; what it asks to load is what it gets."""
+
+import logging
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from learnax.checkpoint import Checkpointer
+from learnax.loss import LossFunction, LossPipe
+from learnax.registry import Registry
+from tests.helpers import MLP, MemoryRun, assert_trees_equal, host, make_data, make_trainer
+
+STEPS, EPOCHS = 5, 3
+"""Steps of an epoch, and epochs, of the runs here."""
+
+
+class Noisy(nn.Module):
+    """Draws from the `params` stream, and drops units through a stream of its own."""
+
+    @nn.compact
+    def __call__(self, x, y=None):
+        x = x + 0.1 * jax.random.normal(self.make_rng("params"), x.shape)
+        return nn.Dense(3)(nn.Dropout(0.25, deterministic=False)(nn.relu(nn.Dense(16)(x))))
+
+
+class Poisonable(LossFunction):
+    """A target that begins with 7 has a finite loss, and a gradient of NaN."""
+
+    def _call(self, output, batch):
+        alive = jnp.where(batch[1][0] == 7, 0.0, 1.0)
+        return output, jnp.sqrt(alive * jnp.sum((output - batch[1]) ** 2)), {}
+
+
+class Interrupting(MemoryRun):
+    """Ctrl-C, once, when a row is logged that has this in it."""
+
+    def __init__(self, **row):
+        super().__init__()
+        self._row = row
+
+    def log(self, values):
+        super().log(values)
+        if self._row and self._row.items() <= values.items():
+            self._row = {}
+            raise KeyboardInterrupt
+
+
+def make(**overrides):
+    """A trainer with checkpoints and two validation sets, one with a tail."""
+    held_out = {"val": make_data(21, seed=1), "other": make_data(8, seed=2)}
+    options = {"num_epochs": EPOCHS, "val_datasets": held_out, "registry": "tests", "run": MemoryRun(), "save_every": 4}
+    return make_trainer(**(options | overrides))
+
+
+def stop(*, step, **overrides):
+    """A trainer that was stopped when the metrics of a step were logged."""
+    trainer = make(run=Interrupting(step=step, **{"train/has_nan": 0.0}), **overrides)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer
+
+
+def trained(**overrides):
+    trainer = make(**overrides)
+    trainer.train()
+    return trainer
+
+
+def assert_same_run(left, right):
+    """Bit for bit, but for the time that steps took."""
+    metrics = [{k: v for k, v in each.metrics.items() if k != "train/update_time"} for each in (left, right)]
+    np.testing.assert_equal(*metrics)
+    assert len(left.metrics["train/update_time"]) == len(right.metrics["train/update_time"])
+    assert_trees_equal(left.train_state, right.train_state)
+    assert_trees_equal(jax.random.key_data(left.rng_seq), jax.random.key_data(right.rng_seq))
+
+
+def on_disk(registry_path, name="checkpoints"):
+    return Checkpointer(registry_path / "tests" / MemoryRun.id / name)
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("again", ["a new trainer", "the same trainer"])
+def test_a_run_stopped_in_mid_epoch_goes_on_as_if_it_had_not_been(count, again):
+    options = {"model": Noisy(), "devices": jax.devices()[:count]}
+    untouched = trained(registry=None, **options)
+    trainer = stop(step=9, **options)
+    if again == "a new trainer":
+        trainer = make(load_checkpoint=True, **options)
+        assert trainer.train_state.step == 8  # stopped at 9, saved at 8, in the midst of the second epoch
+        assert (trainer.position.epoch, trainer.position.batch) == (1, 3)
+        assert trainer.metrics["train/loss"] == untouched.metrics["train/loss"][:8]
+        assert trainer.metrics["val/loss"] == untouched.metrics["val/loss"][:1]
+    assert isinstance(trainer.train(), MemoryRun)
+    assert_same_run(trainer, untouched)
+
+
+def test_a_run_stopped_again_and_again_is_still_the_same_run():
+    untouched = trained(model=Noisy(), registry=None)
+    for step in (5, 10, 13):
+        stop(step=step, model=Noisy(), load_checkpoint=step > 5)
+    resumed = trained(model=Noisy(), load_checkpoint=True)
+    assert_same_run(resumed, untouched)
+    assert [row["step"] for row in resumed.run.rows if "train/loss" in row] == [13, 14, 15]
+
+
+def test_a_run_stopped_by_its_save_model_or_its_dataset_goes_on():
+    class Unplugged:
+        """Data that can be pulled away."""
+
+        plugged = True
+        data = make_data(43)
+
+        def __len__(self):
+            return len(self.data)
+
+        def __getitem__(self, index):
+            if index == 30 and not self.plugged:
+                raise OSError("unplugged")
+            return self.data[index]
+
+    calls = []
+
+    def save_model(params):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            dataset.plugged = False
+            raise KeyboardInterrupt
+
+    untouched = trained(registry=None)
+    dataset = Unplugged()
+    trainer = make(save_model=save_model, train_dataset=dataset)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(OSError, match="unplugged"):
+        trainer.train()
+    dataset.plugged = True
+    trainer.train()
+    assert_same_run(trainer, untouched)
+
+
+def test_updates_that_were_dropped_are_not_done_again_by_a_run_that_goes_on():
+    data = make_data(43)
+    data[12][1][0] = data[37][1][0] = 7  # in the second and in the fifth batch
+    options = {"train_dataset": data, "losses": LossPipe([Poisonable()])}
+    untouched = trained(registry=None, **options)
+    assert untouched.metrics["train/has_nan"] == [0, 1, 0, 0, 1] * EPOCHS
+    assert untouched.train_state.step == 3 * EPOCHS
+    stop(step=5, **options)
+    resumed = make(load_checkpoint=True, **options)
+    assert resumed.train_state.step == 4
+    assert (resumed.position.epoch, resumed.position.batch) == (1, 1)
+    resumed.train()
+    assert_same_run(resumed, untouched)
+
+
+def test_after_training_the_last_state_is_on_disk_and_a_finished_run_trains_no_more(registry_path):
+    finished = trained()
+    loaded = on_disk(registry_path).load_latest()
+    assert loaded["step"] == STEPS * EPOCHS
+    assert_trees_equal(loaded["state"], finished.train_state)
+    assert jax.tree.structure(loaded["state"]) == jax.tree.structure(finished.train_state)
+
+    again = trained(load_checkpoint=True)
+    assert_same_run(again, finished)
+    assert again.metrics == finished.metrics  # the times of its steps, too
+    assert not [row for row in again.run.rows if "train/loss" in row]
+    assert_trees_equal(on_disk(registry_path).load_latest()["state"], finished.train_state)
+
+    assert_same_run(trained(load_checkpoint=True, num_epochs=EPOCHS + 1), trained(registry=None, num_epochs=EPOCHS + 1))
+
+
+def test_a_checkpoint_that_was_saved_by_hand_gives_its_state_to_a_run_from_the_beginning_of_the_data():
+    first = make()
+    state = first.train_state._replace(params=jax.tree.map(jnp.ones_like, first.train_state.params), step=7)
+    first.checkpointer.save_latest(state, 7, {"val/loss": 1.0})
+    first.checkpointer.close()
+    second = make(load_checkpoint=MemoryRun.id)
+    assert_trees_equal(second.train_state.params, state.params)
+    assert second.train_state.step == 7
+    assert (second.position.epoch, second.position.batch, second.metrics) == (0, 0, {})
+    second.train()
+    assert second.train_state.step == 7 + STEPS * EPOCHS
+
+
+# ---- what is loaded, and what is left
+
+
+@pytest.mark.parametrize("falsy", [None, False, 0, ""])
+def test_a_fresh_start_moves_what_was_there_aside(registry_path, falsy, caplog):
+    trained(num_epochs=1)
+    before = on_disk(registry_path).load_latest()
+    with caplog.at_level(logging.WARNING, "learnax"):
+        fresh = make(load_checkpoint=falsy, seed=1, num_epochs=1)
+        assert fresh.train_state.step == 0
+        assert not caplog.messages
+        fresh.train()
+    aside = registry_path / "tests" / MemoryRun.id / "checkpoints.1"
+    assert caplog.messages == [f"1 checkpoints of an earlier run were moved to {aside}"]
+    moved = on_disk(registry_path, "checkpoints.1").load_latest()
+    assert moved["time"] == before["time"]
+    assert_trees_equal(moved["state"], before["state"])
+    assert_trees_equal(on_disk(registry_path).load_latest()["state"], fresh.train_state)
+
+
+def test_fresh_starts_never_write_over_one_another(registry_path):
+    for seed in range(3):
+        trained(seed=seed, num_epochs=1, val_datasets=None)
+    folders = sorted(path.name for path in (registry_path / "tests" / MemoryRun.id).iterdir())
+    assert folders == ["checkpoints", "checkpoints.1", "checkpoints.2"]
+    states = [on_disk(registry_path, name).load_latest()["state"] for name in folders]
+    expected = [trained(seed=seed, num_epochs=1, val_datasets=None, registry=None).train_state for seed in (2, 0, 1)]
+    assert_trees_equal(states, expected)
+
+
+def test_a_run_goes_on_from_the_step_it_asks_for_and_what_came_later_is_moved_aside(registry_path):
+    finished = trained(model=Noisy(), checkpoint_every=6)
+    assert on_disk(registry_path).list_available_checkpoints() == ["latest", 6, 12, 15]
+    resumed = make(model=Noisy(), checkpoint_every=6, load_checkpoint=6)
+    assert resumed.train_state.step == 6
+    resumed.train()
+    assert_same_run(resumed, finished)
+    assert on_disk(registry_path).list_available_checkpoints() == ["latest", 6, 12, 15]
+    assert on_disk(registry_path, "checkpoints.1").list_available_checkpoints() == ["latest", 12, 15]
+
+
+@pytest.mark.parametrize(("metric", "minimize"), [("val/loss", True), ("other/rmse", False)])
+def test_the_best_checkpoint_is_that_of_the_best_epoch(registry_path, metric, minimize):
+    options = {"keep_best_checkpoint": True, "learning_rate": 0.1, "num_epochs": 5}
+    if metric != "val/loss":  # the default
+        options |= {"best_metric_name": metric, "minimize_metric": minimize}
+    trainer = trained(**options)
+    values = trainer.metrics[metric]
+    epoch = int(np.argmin(values) if minimize else np.argmax(values))
+    best = on_disk(registry_path).load_best()
+    assert best["step"] == STEPS * (epoch + 1)
+    assert best["metrics"][metric] == values[epoch]
+    assert on_disk(registry_path).list_available_checkpoints() == ["latest", "best", *sorted({best["step"], 25})]
+
+    resumed = make(load_checkpoint="best", **options)
+    assert resumed.train_state.step == best["step"]
+    assert resumed.metrics[metric] == values[: epoch + 1]
+    resumed.train()
+    assert_same_run(resumed, trainer)
+
+
+def test_the_best_survives_a_run_that_goes_on_and_does_worse(registry_path):
+    options = {"keep_best_checkpoint": True, "learning_rate": 1e-3}
+    trainer = trained(**options)
+    step = int(on_disk(registry_path).load_best()["step"])
+    assert trainer.metrics["val/loss"][-1] == min(trainer.metrics["val/loss"])
+    trained(**options | {"learning_rate": 10.0, "num_epochs": EPOCHS + 1, "load_checkpoint": True})
+    assert on_disk(registry_path).load_best()["step"] == step
+    assert on_disk(registry_path).load_latest()["step"] == step + STEPS
+
+
+def test_only_so_many_numbered_checkpoints_are_kept(registry_path):
+    trained(checkpoint_every=2, max_checkpoints=3)
+    assert on_disk(registry_path).list_available_checkpoints() == ["latest", 10, 12, 14, 15]
+    folders = [path for path in on_disk(registry_path).path.iterdir() if path.name.isdecimal()]
+    assert len(folders) == 4
+
+
+def test_weights_alone_begin_a_new_run(registry_path):
+    finished = trained()
+    params = host(finished.train_state.params)
+    options = {"load_checkpoint": True, "load_weights": True, "seed": 5}
+    trainer = make(learning_rate=optax.constant_schedule(1e-3), **options)  # of another optimiser's state
+    assert_trees_equal(trainer.train_state.params, params)
+    assert trainer.train_state.step == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(trainer.train_state.opt_state.inner_state))
+    assert (trainer.position.epoch, trainer.position.batch, trainer.metrics) == (0, 0, {})
+    trainer.train()
+    assert trainer.train_state.step == STEPS * EPOCHS
+    assert_trees_equal(on_disk(registry_path, "checkpoints.1").load_latest()["state"].params, params)
+
+
+def test_the_latest_asked_for_and_missing_starts_fresh_and_says_so(registry_path, caplog):
+    with caplog.at_level(logging.WARNING, "learnax"):
+        trainer = make(load_checkpoint="3kx81bz0")
+    assert caplog.messages == [f"no checkpoint in {registry_path}/tests/memory/checkpoints yet: starting fresh"]
+    assert trainer.train_state.step == 0
+    trainer.train()
+    assert_same_run(trainer, trained(registry=None))
+
+
+def test_a_named_checkpoint_that_is_missing_is_an_error_when_the_trainer_is_built(registry_path):
+    trained(checkpoint_every=6)
+    for name in (7, "best"):
+        with pytest.raises(FileNotFoundError) as error:
+            make(load_checkpoint=name)
+        path = registry_path / "tests" / "memory" / "checkpoints"
+        assert str(error.value) == f"no checkpoint '{name}' in {path}; there are: latest, 6, 12, 15"
+    with pytest.raises(TypeError, match=r"load_checkpoint must be True, -1, 'best', a step or a run's id, but is 2\.5"):
+        make(load_checkpoint=2.5)
+
+
+def test_a_registry_without_a_folder_is_a_clear_error(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRAINAX_REGISTRY_PATH")
+    with pytest.raises(ValueError, match="no folder") as error:
+        make()
+    assert str(error.value) == (
+        "registry 'tests': no folder to keep runs in; set the environment variable TRAINAX_REGISTRY_PATH, "
+        "or give Registry a base_path"
+    )
+    trained(registry=Registry("tests", tmp_path), run=None, num_epochs=1)
+    assert Checkpointer(tmp_path / "tests" / "trainer" / "checkpoints").load_latest()["step"] == STEPS
+
+
+# ---- what may have changed in between
+
+
+def test_another_rate_applies_from_where_the_run_goes_on(registry_path):
+    stop(step=9)
+    before = on_disk(registry_path).load_latest()["state"]
+    resumed = make(load_checkpoint=True, learning_rate=5e-3)
+    assert_trees_equal(resumed.train_state.opt_state.inner_state, before.opt_state.inner_state)
+    resumed.train()
+    expected = [np.float32(1e-2)] * 8 + [np.float32(5e-3)] * 7
+    np.testing.assert_array_equal(np.float32(resumed.metrics["train/learning_rate"]), expected)
+
+
+def test_a_schedule_goes_on_at_its_own_count():
+    schedule = optax.linear_schedule(1e-2, 1e-3, STEPS * EPOCHS)
+    stop(step=9, learning_rate=schedule)
+    resumed = trained(load_checkpoint=True, learning_rate=schedule)
+    assert_same_run(resumed, trained(registry=None, learning_rate=schedule))
+    assert len(set(resumed.metrics["train/learning_rate"])) == STEPS * EPOCHS
+
+
+def test_a_rate_that_became_a_schedule_is_an_error_that_says_what_differs(registry_path):
+    stop(step=5)
+    with pytest.raises(ValueError, match="does not match") as error:
+        make(load_checkpoint=True, learning_rate=optax.constant_schedule(1e-2))
+    assert str(error.value) == (
+        f"checkpoint {registry_path}/tests/memory/checkpoints/0 does not match this model and optimiser; "
+        "1 leaves differ:\n"
+        "  opt_state/hyperparams_states/learning_rate/count: in the model only, int32[]"
+    )
+
+
+def test_another_model_is_an_error_that_says_what_differs(registry_path):
+    stop(step=5)
+    for weights in (False, True):
+        with pytest.raises(ValueError, match="does not match this model and optimiser; ") as error:
+            make(load_checkpoint=True, load_weights=weights, model=MLP(width=4))
+        assert str(error.value).endswith(
+            "params/Dense_0/bias: float32[16] in the checkpoint, float32[4] in the model\n"
+            "  params/Dense_0/kernel: float32[8, 16] in the checkpoint, float32[8, 4] in the model\n"
+            "  params/Dense_1/kernel: float32[16, 3] in the checkpoint, float32[4, 3] in the model"
+        )
+    assert on_disk(registry_path).load_latest()["step"] == 4  # asking for what does not fit changes nothing

@@ -1,0 +1,448 @@
+"""Data read in worker processes are the data read here, and what goes wrong there is told here.
+
+What workers import is slow, so that this module imports little: they load it for its classes.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from learnax.data import Loader
+from learnax.data.reading import DatasetError
+from learnax.data.workers import WorkerError
+
+pytestmark = pytest.mark.timeout(100)  # a worker that died must not be waited for
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class Molecule:
+    positions: np.ndarray
+    charge: float
+    name: str
+
+    def tree_flatten(self):
+        return (self.positions, self.charge, self.name), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children)
+
+
+class Molecules:
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        return Molecule(np.random.default_rng(index).normal(size=(3, 2)), index / 2, f"molecule {index}")
+
+
+def make_dataset(getitem, n=8, **attributes):
+    """A dataset of a class that no module has: it travels by value, like one of a script."""
+
+    class Dataset:
+        def __init__(self):
+            self.__dict__.update(attributes)
+
+        def __len__(self):
+            return n
+
+        def __getitem__(self, index):
+            return getitem(index)
+
+    return Dataset()
+
+
+@pytest.fixture
+def make_loader():
+    loaders = []
+
+    def make(dataset, num_workers, batch_size=2, tail=False):
+        loaders.append(
+            Loader("set", dataset, batch_size, tail=tail, num_workers=num_workers, put=jax.device_put)
+        )
+        return loaders[-1]
+
+    yield make
+    for loader in loaders:
+        loader.close()
+    assert workers() == []
+
+
+def workers():
+    return [process for process in multiprocessing.active_children() if process.name.startswith("grain-process")]
+
+
+def rows(loader, start=0):
+    return [(jax.tree.map(np.asarray, batch.host), batch.count) for batch in loader.batches(start)]
+
+
+def assert_rows_equal(left, right):
+    assert len(left) == len(right)
+    for (batch, count), (other, other_count) in zip(left, right, strict=True):
+        assert count == other_count
+        assert jax.tree.structure(batch) == jax.tree.structure(other)
+        jax.tree.map(np.testing.assert_array_equal, batch, other)
+        assert [leaf.dtype for leaf in jax.tree.leaves(batch)] == [leaf.dtype for leaf in jax.tree.leaves(other)]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_batches_are_those_of_one_process_in_their_order_pass_after_pass(num_workers, make_loader):
+    dataset = Molecules(15)
+    expected = rows(make_loader(dataset, 0, tail=True))
+    loader = make_loader(dataset, num_workers, tail=True)
+    assert isinstance(expected[0][0][0], Molecule)
+    for _ in range(3):
+        assert_rows_equal(rows(loader), expected)
+    assert len(workers()) == num_workers
+
+
+def test_there_are_no_more_workers_than_batches(make_loader):
+    dataset = [[np.float32(i)] for i in range(4)]
+    loader = make_loader(dataset, 8)
+    assert_rows_equal(rows(loader), rows(make_loader(dataset, 0)))
+    assert len(workers()) == 2
+
+
+def test_the_data_themselves_come_back_strings_and_all(make_loader):
+    loader = make_loader(Molecules(4), 1)
+    seen = [datum for data in loader._reader.read(0) for datum in data]
+    assert [type(datum) for datum in seen] == [Molecule] * 4
+    assert [datum.name for datum in seen] == [f"molecule {i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        [[np.full(3, i, np.float32), i, f"datum {i}", None] for i in range(8)],
+        make_dataset(lambda index: {"x": np.arange(index, index + 2), "y": (index, [float(index)])}),
+        [jnp.full(3, i) for i in range(8)],
+        make_dataset(lambda index: jnp.full(3, index)),
+    ],
+    ids=["list", "own class", "jax arrays in a list", "jax arrays made there"],
+)
+def test_any_data_come_back_as_they_are_here(dataset, make_loader):
+    assert_rows_equal(rows(make_loader(dataset, 1)), rows(make_loader(dataset, 0)))
+
+
+def test_a_pass_may_start_and_end_anywhere(make_loader):
+    dataset = [[np.float32(i)] for i in range(14)]
+    expected = rows(make_loader(dataset, 0))
+    loader = make_loader(dataset, 2)
+    assert_rows_equal(rows(loader, start=3), expected[3:])
+    assert_rows_equal(rows(loader), expected)
+    abandoned = loader.batches()
+    for number in range(3):
+        assert next(abandoned).host[0].tolist() == expected[number][0][0].tolist()
+    assert_rows_equal(rows(loader), expected)
+    assert next(abandoned).host[0].tolist() == expected[3][0][0].tolist()
+    assert rows(loader, start=7) == []
+
+
+@pytest.fixture(scope="module")
+def train():
+    from tests.helpers import host, make_data, make_trainer
+
+    def run(num_workers):
+        trainer = make_trainer(num_workers=num_workers, val_datasets=[make_data(11, seed=1)])
+        trainer.train()
+        assert workers() == []
+        return {name: values for name, values in trainer.metrics.items() if "time" not in name}, host(
+            trainer.train_state
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained_here(train):
+    return train(0)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_a_training_is_the_same_bit_for_bit_and_its_workers_are_gone(num_workers, train, trained_here):
+    metrics, state = train(num_workers)
+    assert metrics == trained_here[0]
+    jax.tree.map(np.testing.assert_array_equal, state, trained_here[1])
+
+
+class ShapeError(Exception):
+    """Wants two arguments, so that it does not come out of a pickle."""
+
+    def __init__(self, index, size):
+        super().__init__(f"datum {index} has size {size}")
+
+
+def raising(error, at=5):
+    def getitem(index):
+        if index == at:
+            raise error
+        return [np.float32(index)]
+
+    return getitem
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (KeyError("missing"), "KeyError: 'missing'"),
+        (StopIteration("done"), "StopIteration: done"),
+        (SystemExit(0), "SystemExit: 0"),
+        (ShapeError(5, 7), "ShapeError: datum 5 has size 7"),
+    ],
+)
+def test_a_dataset_that_raises_is_told_of_with_its_index_and_its_error(error, text, make_loader):
+    loader = make_loader(make_dataset(raising(error)), 1)
+    batches = loader.batches()
+    assert [next(batches).host[0].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(DatasetError) as caught:
+        next(batches)
+    assert str(caught.value).startswith(f"dataset 'set' raised at index 5: {text}")
+    told = str(caught.value) + "".join(getattr(caught.value.__cause__, "__notes__", []))
+    assert "in a worker process:\nTraceback" in told
+    assert "in getitem\n    raise error" in told
+    if not isinstance(error, ShapeError):
+        assert type(caught.value.__cause__) is type(error)
+        assert caught.value.__cause__.args == error.args
+
+
+def test_a_dataset_that_raises_ends_the_training_and_its_workers():
+    from tests.helpers import make_data, make_trainer
+
+    class Broken(list):
+        def __getitem__(self, index):
+            return super().__getitem__(index if index != 21 else 99)
+
+    trainer = make_trainer(train_dataset=Broken(make_data(43)), num_workers=2)
+    with pytest.raises(DatasetError, match="^dataset 'train' raised at index 21: IndexError: list index out of range$"):
+        trainer.train()
+    assert len(trainer.metrics["train/loss"]) == 2
+    assert workers() == []
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_worker_that_ends_is_told_of(code, make_loader):
+    def getitem(index):
+        if index == 4:
+            os._exit(code)
+        return [np.float32(index)]
+
+    loader = make_loader(make_dataset(getitem), 2)
+    with pytest.raises(WorkerError) as caught:
+        rows(loader)
+    assert re.fullmatch(
+        r"dataset 'set': a worker process died \(.*exit code [13].*\); it may have run out of memory or been killed, "
+        "and num_workers=0 reads in this process",
+        str(caught.value),
+    )
+    assert workers() == []
+
+
+def test_a_worker_that_is_killed_is_told_of_and_a_new_pass_has_new_workers(make_loader):
+    dataset = [[np.float32(i)] for i in range(60)]
+    loader = make_loader(dataset, 1)
+    batches = loader.batches()
+    next(batches)
+    (worker,) = workers()
+    worker.kill()
+    with pytest.raises(WorkerError, match=r"^dataset 'set': a worker process died \(.*exit code -9\."):
+        list(batches)
+    assert workers() == []
+    assert_rows_equal(rows(loader), rows(make_loader(dataset, 0)))
+
+
+def test_data_that_cannot_be_sent_are_told_of(make_loader):
+    loader = make_loader(make_dataset(lambda index: [np.float32(index), threading.Lock()]), 1)
+    with pytest.raises(DatasetError) as caught:
+        rows(loader)
+    assert str(caught.value).startswith(
+        "dataset 'set': the data of indices 0 to 1 cannot be sent from a worker process: "
+        "TypeError: cannot pickle '_thread.lock' object; num_workers=0 reads in this process"
+    )
+
+
+def test_a_dataset_that_a_worker_cannot_make_again_is_told_of(make_loader):
+    class Fragile:
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return [np.float32(index)]
+
+        def __setstate__(self, state):
+            raise OSError("no such disk here")
+
+        def __getstate__(self):
+            return {"size": 8}
+
+    with pytest.raises(WorkerError, match=r"^dataset 'set': a worker process died \(no such disk here\);"):
+        rows(make_loader(Fragile(), 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "reason"),
+    [
+        (lambda: Path(__file__).open(), "TextIOWrapper", ""),
+        (threading.Lock, "lock", "cannot pickle '_thread.lock' object"),
+        (lambda: (i for i in range(3)), "generator", "cannot pickle 'generator' object"),
+    ],
+    ids=["open file", "lock", "generator"],
+)
+def test_a_dataset_that_cannot_be_sent_names_its_attribute_when_the_trainer_is_built(make, kind, reason):
+    from tests.helpers import make_trainer
+
+    held = make()
+    dataset = make_dataset(lambda index: [np.zeros(8, np.float32), np.zeros(3, np.float32)], fine=1, source=held)
+    with pytest.raises(WorkerError) as caught:
+        make_trainer(train_dataset=dataset, num_workers=1)
+    text = str(caught.value)
+    assert text.startswith(
+        f"dataset 'train' cannot be sent to worker processes: its attribute 'source' of type {kind}: {reason}"
+    )
+    assert text.endswith(
+        ". Open files, locks and connections cannot travel: open them in __getitem__ at first use, leave them out in "
+        "__getstate__, or use num_workers=0"
+    )
+    make_trainer(train_dataset=dataset, num_workers=0)
+    if hasattr(held, "close"):
+        held.close()
+
+
+def test_a_file_opened_at_first_use_is_a_way_out(tmp_path, make_loader):
+    np.save(tmp_path / "data.npy", np.arange(8, dtype=np.float32))
+
+    class OnDisk:
+        def __init__(self, path):
+            self.path = path
+            self.file = None
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            if self.file is None:
+                self.file = np.load(self.path, mmap_mode="r")
+            return [np.array(self.file[index])]
+
+        def __getstate__(self):
+            return self.__dict__ | {"file": None}
+
+    dataset = OnDisk(tmp_path / "data.npy")
+    expected = rows(make_loader(dataset, 0))
+    assert dataset.file is not None
+    assert_rows_equal(rows(make_loader(dataset, 1)), expected)
+
+
+SCRIPT = """
+import dataclasses
+import sys
+import threading
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from learnax.loss import LossFunction, LossPipe
+from learnax.trainer import Trainer
+
+print("the script runs")
+SCALE = 2.0
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class Pair:
+    x: np.ndarray
+    y: np.ndarray
+    name: str
+
+    def tree_flatten(self):
+        return (self.x, self.y, self.name), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children)
+
+
+class Pairs:
+    def __len__(self):
+        return 35
+
+    def __getitem__(self, index):
+        x, y = make_pair(index)
+        return Pair(SCALE * x, y, f"pair {index}")
+
+
+def make_pair(index):
+    rng = np.random.default_rng(index)
+    return rng.normal(size=4).astype(np.float32), rng.normal(size=2).astype(np.float32)
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, pair):
+        return nn.Dense(2)(pair.x)
+
+
+class Distance(LossFunction):
+    def _call(self, output, batch):
+        return output, jnp.mean((output - batch[0].y) ** 2), {}
+
+
+for num_workers in (2, 0):
+    trainer = Trainer(Model(), 1e-2, LossPipe([Distance()]), 0, Pairs(), 2, 8, num_workers, val_datasets=[Pairs()])
+    trainer.train()
+    print("loss", num_workers, trainer.metrics["train/loss"][-1], trainer.metrics["val/loss"][-1])
+"""
+
+
+def check_output(result):
+    first, two, none = result.stdout.splitlines()
+    assert first == "the script runs"
+    assert two.split()[:2] == ["loss", "2"]
+    assert none.split()[:2] == ["loss", "0"]
+    assert two.split()[2:] == none.split()[2:]
+    assert "Traceback" not in result.stderr
+    assert "leaked" not in result.stderr
+
+
+def test_a_script_without_a_main_guard_runs_once_and_imports_its_neighbours(tmp_path):
+    from tests.helpers import run_script
+
+    begin, end = SCRIPT.index("def make_pair"), SCRIPT.index("class Model")
+    (tmp_path / "neighbour.py").write_text(f"import numpy as np\n\n\n{SCRIPT[begin:end]}")
+    source = SCRIPT[:begin] + SCRIPT[end:]
+    check_output(run_script(source.replace("SCALE =", "from neighbour import make_pair\n\nSCALE ="), tmp_path))
+
+
+@pytest.mark.parametrize("how", ["-c", "stdin"])
+def test_a_program_without_a_file_runs_once(how, tmp_path):
+    from tests.helpers import ROOT
+
+    command, text = ([sys.executable, "-c", SCRIPT], None) if how == "-c" else ([sys.executable, "-"], SCRIPT)
+    result = subprocess.run(
+        command,
+        input=text,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    check_output(result)
