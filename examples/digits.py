@@ -66,7 +66,7 @@ def split_digits():
 
 
 def draw(ax, image, title, *, right):
-    """One scan with a line under which it is judged: green where that is right, red where not."""
+    """One scan under what is read in it: green where that is right, red where not."""
     ax.imshow(np.squeeze(image), cmap="gray_r", vmin=0, vmax=1)
     ax.set_title(title, fontsize=10, color="tab:green" if right else "tab:red")
     ax.set_axis_off()
@@ -76,15 +76,33 @@ def plot_predictions(folder):
     """A `plot_pipe`: the first digits of the batch, each with its prediction and how sure it is."""
 
     def plot(run, outputs, batch):
-        fig, axes = plt.subplots(3, 8, figsize=(11, 5), layout="constrained")
-        for ax, logits, (image, label) in zip(axes.flat, outputs, batch, strict=False):
-            probabilities = np.exp(logits - np.logaddexp.reduce(logits))
-            guess = int(probabilities.argmax())
-            draw(ax, image, f"{guess}  ({probabilities[guess]:.0%})", right=guess == label)
-        fig.suptitle("Training digits and what the net reads, with its confidence")
-        save(fig, folder / "predictions.png")
+        draw_read(
+            "Training digits and what the net reads, with its confidence", outputs, batch, folder / "training.png"
+        )
 
     return plot
+
+
+def plot_hardest(params, held_out, path):
+    """The held-out digits whose right reading the net finds least likely."""
+    images, labels = (np.stack(column) for column in zip(*held_out, strict=True))
+    logits = np.asarray(jax.vmap(Net().apply, in_axes=(None, 0, 0))({"params": params}, images, labels))
+    likely = jax.nn.log_softmax(logits)[np.arange(len(labels)), labels]
+    hardest = np.argsort(likely)[:24]
+    title = "The hardest held-out digits and what the net reads, with its confidence"
+    draw_read(title, logits[hardest], [held_out[i] for i in hardest], path)
+
+
+def draw_read(title, outputs, data, path):
+    """Up to 24 digits, each over what the net reads there."""
+    fig, axes = plt.subplots(3, 8, figsize=(11, 5), layout="constrained")
+    for ax, logits, (image, label) in zip(axes.flat, outputs, data, strict=False):
+        probabilities = np.exp(logits - np.logaddexp.reduce(logits))
+        guess = int(probabilities.argmax())
+        was = "" if guess == label else f", is {label}"
+        draw(ax, image, f"{guess} ({probabilities[guess]:.0%}){was}", right=guess == label)
+    fig.suptitle(title)
+    save(fig, path)
 
 
 def sample_noisy(params, key, datum):
@@ -191,11 +209,12 @@ def main():
         sample_plot=plot_samples(plots),
         sample_metrics=noisy_accuracy,
     )
-    print(f"starts at epoch {trainer.position.epoch}, step {int(trainer.train_state.step)}")
+    print(f"from epoch {trainer.position.epoch} of {trainer.num_epochs}, step {int(trainer.train_state.step)}")
     trainer.train()
     if run is not None:
         run.finish()
     plot_curves(trainer.metrics, plots / "curves.png")
+    plot_hardest(trainer.train_state.params, held_out, plots / "held_out.png")
 
     accuracy = trainer.metrics["val/accuracy"]
     print(f"validation accuracy: {accuracy[-1]:.2%} at the end, {max(accuracy):.2%} at best")
