@@ -125,13 +125,16 @@ class Log:
         finally:
             self._write(values, epoch)
 
-    def write_epoch(self, split: str, means: Mapping[str, float], epoch: int) -> None:
-        """Writes a split's means over an epoch."""
-        named = {f"{split}_epoch/{name}": value for name, value in means.items()}
-        if split != "train":
-            named |= {f"{split}/{name}": value for name, value in means.items()}
-        self._keep(named)
-        self.send({**named, "step": self.step, "epoch": epoch})
+    def keep_epoch(self, means: Mapping[str, Mapping[str, float]]) -> list[dict[str, float]]:
+        """Keeps each split's means over an epoch; returns them under their full names, a dict for each split."""
+        rows = []
+        for split, values in means.items():
+            named = {f"{split}_epoch/{name}": value for name, value in values.items()}
+            if split != "train":
+                named |= {f"{split}/{name}": value for name, value in values.items()}
+            self._keep(named)
+            rows.append(named)
+        return rows
 
     def training_means(self, marks: Mapping[str, int]) -> dict[str, float]:
         """Means of the training metrics since each had the length that `marks` says."""

@@ -241,11 +241,14 @@ class Trainer:
             for batch in self.log.waiting(self.loaders["train"].batches(self.position.batch)):
                 outputs = self._step(batch)
                 self._act(batch, outputs)
-            self._end_training(epoch)
+            self.log.drain()
+            means = {"train": self.log.training_means(self.position.marks)}
+            seq = self.rng_seq
             if self.val_every is None or epoch % self.val_every == 0:
                 for name in [name for name in self.loaders if name != "train"]:
-                    self._validate(name, epoch)
-            self._end_epoch(epoch)
+                    means[name], seq = self._validate(name, seq)
+            # Only now that all is done: an epoch that is interrupted before validates again, on the same keys.
+            self._end_epoch(epoch, means, seq)
 
     def _step(self, batch: Batch) -> PyTree:
         """Dispatches one training step; returns the model's outputs, on the devices, where they are plotted."""
@@ -277,27 +280,27 @@ class Trainer:
             if save.due(moment.step):
                 save(moment)
 
-    def _end_training(self, epoch: int) -> None:
-        self.log.drain()
-        self.log.write_epoch("train", self.log.training_means(self.position.marks), epoch)
-
-    def _validate(self, name: str, epoch: int) -> None:
-        """Evaluates one validation set: every datum once."""
+    def _validate(self, name: str, seq: jax.Array) -> tuple[dict[str, float], jax.Array]:
+        """Evaluates one validation set, every datum once: its means, and the random sequence after it."""
         means = Means(self.engine.in_flight)
         for batch in self.log.waiting(self.loaders[name].batches()):
             state = self.train_state
-            args = (state.params, state.step, self.rng_seq, batch.device, np.int32(batch.count))
+            args = (state.params, state.step, seq, batch.device, np.int32(batch.count))
             program = self.engine.program(self._evaluate, batch.signature, args)
-            self.rng_seq, sums = program(*args)
+            seq, sums = program(*args)
             means.push(program.names, sums, batch.count)
-        self.log.write_epoch(name, means.result(), epoch)
+        return means.result(), seq
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int, means: Mapping[str, Mapping[str, float]], seq: jax.Array) -> None:
+        named = self.log.keep_epoch(means)
         made_now = len(self.metrics.get(self.best_metric_name, ())) > self.position.marks.get(self.best_metric_name, 0)
+        self.rng_seq = seq
         self.position = Position(epoch + 1, 0, self.log.lengths())
         if self.checkpointer is not None and made_now:
             latest = {name: values[-1] for name, values in self.metrics.items()}
             self.checkpointer.update_best_checkpoint(self.train_state, self.log.step, latest, self._resume_point())
+        for values in named:
+            self.log.send({**values, "step": self.log.step, "epoch": epoch})
 
     def _save_last(self) -> None:
         """Saves the end of the run, so that nothing of it is lost between two saves."""

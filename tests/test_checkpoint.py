@@ -304,7 +304,7 @@ def test_a_checkpoint_that_does_not_fit_names_every_leaf_that_differs(make):
     with pytest.raises(ValueError, match="does not match") as error:
         checkpointer.load_latest(target)
     assert str(error.value) == (
-        f"checkpoint {checkpointer.path / '0'} does not match this model and optimiser; 4 leaves differ:\n"
+        f"checkpoint {checkpointer.path / '0'} does not match this model and optimiser; leaves that differ (4):\n"
         "  params/Dense_0/bias: bfloat16[3] in the checkpoint, float32[3] in the model\n"
         "  params/Dense_0/kernel: float32[2, 3] in the checkpoint, float32[2, 4] in the model\n"
         "  params/Dense_1/bias: in the model only, float32[3]\n"
@@ -381,7 +381,7 @@ def test_a_past_that_was_left_is_moved_aside_and_can_still_be_read(make, tmp_pat
     with caplog.at_level(logging.WARNING, "learnax"):
         goes_on.save_checkpoint(make_state(3), 3, {"loss": 1.0})
     aside = tmp_path / "checkpoints.1"
-    assert caplog.messages == [f"1 checkpoints of an earlier run were moved to {aside}"]
+    assert caplog.messages == [f"1 checkpoint(s) of an earlier run moved to {aside}"]
     assert goes_on.list_available_checkpoints() == ["latest", 1, 2, 3]
     assert goes_on.load_checkpoint(3)["metrics"] == {"loss": 1.0}
     goes_on.close()

@@ -1,7 +1,6 @@
 """A run that was stopped goes on as if it had not been; what it asks to load is what it gets."""
 
 import logging
-from unittest.mock import ANY
 
 import flax.linen as nn
 import jax
@@ -56,16 +55,17 @@ class Poisonable(LossFunction):
 
 
 class Interrupting(MemoryRun):
-    """Ctrl-C, once, when a row is logged that has this in it."""
+    """Ctrl-C, once, when a metric is logged in a row that has this in it."""
 
-    def __init__(self, **row):
+    def __init__(self, metric, **row):
         super().__init__()
+        self._metric = metric
         self._row = row
 
     def log(self, values):
         super().log(values)
-        if self._row and self._row.items() <= values.items():
-            self._row = {}
+        if self._metric in values and self._row.items() <= values.items():
+            self._metric = None
             raise KeyboardInterrupt
 
 
@@ -78,7 +78,7 @@ def make(**overrides):
 
 def stop(*, step, **overrides):
     """A trainer that was stopped when the metrics of a step were logged."""
-    trainer = make(run=Interrupting(step=step, **{"train/has_nan": 0.0}), **overrides)
+    trainer = make(run=Interrupting("train/loss", step=step), **overrides)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     return trainer
@@ -130,14 +130,42 @@ def test_a_run_stopped_again_and_again_is_still_the_same_run():
     assert [row["step"] for row in resumed.run.rows if "train/loss" in row] == [13, 14, 15]
 
 
-def test_a_run_stopped_in_a_validation_goes_on_from_the_save_before_it():
-    trainer = make(model=Noisy(), save_every=STEPS, run=Interrupting(epoch=1, **{"val/loss": ANY}))
+class Interrupted:
+    """A validation set whose reading is interrupted once, in its second batch of the second epoch."""
+
+    def __init__(self):
+        self._data = make_data(21, seed=1)
+        self._reads = 0
+
+    def __len__(self):
+        return len(self._data)
+
+    def __getitem__(self, index):
+        self._reads += index == 9
+        if index == 9 and self._reads == 2:
+            raise KeyboardInterrupt
+        return self._data[index]
+
+
+@pytest.mark.parametrize("where", ["reading", "logging"])
+@pytest.mark.parametrize("again", ["a new trainer", "the same trainer"])
+def test_a_run_stopped_in_a_validation_goes_on_as_if_it_had_not_been(again, where):
+    untouched = trained(model=Noisy(), registry=None)
+    options = {"model": Noisy(), "save_every": STEPS}
+    if where == "reading":
+        held_out = {"val": make_data(21, seed=1), "other": Interrupted()}
+        untouched = trained(model=Noisy(), registry=None, val_datasets=held_out | {"other": make_data(21, seed=1)})
+        options |= {"val_datasets": held_out}
+        trainer = make(**options)
+    else:
+        trainer = make(run=Interrupting("val/loss", epoch=1), **options)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    resumed = make(model=Noisy(), load_checkpoint=True)
-    assert (resumed.position.epoch, resumed.position.batch) == (1, STEPS)
-    resumed.train()
-    assert_same_run(resumed, trained(model=Noisy(), registry=None))
+    if again == "a new trainer":
+        trainer = make(load_checkpoint=True, **options)
+        assert (trainer.position.epoch, trainer.position.batch) == (1, STEPS)
+    trainer.train()
+    assert_same_run(trainer, untouched)
 
 
 def test_a_run_stopped_by_its_save_model_or_its_dataset_goes_on():
@@ -232,7 +260,7 @@ def test_a_fresh_start_moves_what_was_there_aside(registry_path, falsy, caplog):
         assert not caplog.messages
         fresh.train()
     aside = registry_path / "tests" / MemoryRun.id / "checkpoints.1"
-    assert caplog.messages == [f"1 checkpoints of an earlier run were moved to {aside}"]
+    assert caplog.messages == [f"1 checkpoint(s) of an earlier run moved to {aside}"]
     moved = on_disk(registry_path, "checkpoints.1").load_latest()
     assert moved["time"] == before["time"]
     assert_trees_equal(moved["state"], before["state"])
@@ -371,7 +399,7 @@ def test_a_rate_that_became_a_schedule_is_an_error_that_says_what_differs(regist
         make(load_checkpoint=True, learning_rate=optax.constant_schedule(1e-2))
     assert str(error.value) == (
         f"checkpoint {registry_path}/tests/memory/checkpoints/0 does not match this model and optimiser; "
-        "1 leaves differ:\n"
+        "leaves that differ (1):\n"
         "  opt_state/hyperparams_states/learning_rate/count: in the model only, int32[]"
     )
 

@@ -254,7 +254,7 @@ class Checkpointer:
         for number in numbers:
             (self.path / str(number)).rename(aside / str(number))
         index.move_after(after, aside / _INDEX)
-        _logger.warning("%d checkpoints of an earlier run were moved to %s", len(numbers), aside)
+        _logger.warning("%d checkpoint(s) of an earlier run moved to %s", len(numbers), aside)
 
     def _numbers(self) -> list[int]:
         """Numbers of the saves that are whole, or that are being written, oldest first."""

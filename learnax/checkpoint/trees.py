@@ -39,7 +39,7 @@ def as_state(tree: dict[str, Any], target: TrainState | None, path: Path) -> Tra
     differences = _differences(leaves_by_path(saved), leaves_by_path(wanted))
     if differences:
         raise ValueError(
-            f"checkpoint {path} does not match this model and optimiser; {len(differences)} leaves differ:\n"
+            f"checkpoint {path} does not match this model and optimiser; leaves that differ ({len(differences)}):\n"
             + "\n".join(f"  {line}" for line in differences[:20])
         )
     leaves = leaves_by_path(saved)

@@ -8,11 +8,15 @@ the data come back as bytes in shared memory, made into objects of this process'
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
 import multiprocessing.spawn
+import os
 import pickle
 import sys
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,66 +50,71 @@ class Workers:
         self._ranges = ranges
         self._num_workers = min(num_workers, len(ranges))
         _check_sendable(name, dataset)
-        self._source = _Source(dataset, list(ranges))
+        self._source = _Source(name, dataset, list(ranges))
         self._stream: Any = None
+        self._end: weakref.finalize | None = None
         self._next = 0
 
     def read(self, start: int) -> Iterator[list[Any]]:
         """Takes each batch from the worker whose turn it is."""
-        if self._stream is None or self._next != start % len(self._ranges):
-            self._open(start)
         for number in range(start, len(self._ranges)):
+            if self._stream is None or self._next != number:
+                self._open(number)
             blob = self._take()
             self._next = (number + 1) % len(self._ranges)
             yield self._unpack(blob)
 
     def close(self) -> None:
         """Ends the processes; a later pass starts new ones."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._end is not None:
+            self._end()
+            self._stream = self._end = None
 
     def _open(self, start: int) -> None:
         self.close()
+        _keep_main_from_workers()
         grain = _grain()
         endless = grain.MapDataset.source(self._source).repeat()[start:].to_iter_dataset()
         options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=AHEAD)
-        self._stream = iter(endless.mp_prefetch(options, worker_init_fn=_stay_on_host))
+        self._stream = iter(endless.mp_prefetch(options, worker_init_fn=_begin_worker))
+        # Where nobody closes this reader, its processes end with it, or with the program.
+        self._end = weakref.finalize(self, self._stream.close)
         self._next = start
 
     def _take(self) -> np.ndarray:
         try:
-            with _no_second_main():
-                return next(self._stream)
+            return next(self._stream)
         except Exception as error:
-            self._stream.close()
-            self._stream = None
+            self.close()
             raise WorkerError(
                 f"dataset {self._name!r}: a worker process died ({error}); it may have run out of memory or been "
                 "killed, and num_workers=0 reads in this process"
             ) from error
 
     def _unpack(self, blob: np.ndarray) -> list[Any]:
-        failure, data = _Unpickler(io.BytesIO(blob.tobytes())).load()
-        if failure is None:
-            return data
-        index, error, text = failure
+        content = _loads(blob.tobytes())
+        if not isinstance(content, _Failure):
+            return content
         self.close()
-        if isinstance(error, BaseException):
-            error.add_note(f"in a worker process:\n{text}")
-            raise DatasetError(error_text(self._name, index, error)) from error
-        raise DatasetError(f"dataset {self._name!r} raised at index {index}: {error}\nin a worker process:\n{text}")
+        failure, cause = DatasetError(content.text), content.cause()
+        (cause or failure).add_note(f"in a worker process:\n{content.traceback}")
+        raise failure from cause
 
 
-def _stay_on_host(index: int, count: int) -> None:
-    """In a worker: data that are JAX arrays must not take a share of the accelerator's memory."""
+def _begin_worker(index: int, count: int) -> None:
+    """In a worker, before it gets the dataset."""
+    # Data that are JAX arrays must not take a share of the accelerator's memory.
     jax.config.update("jax_platforms", "cpu")
+    # grain would wait for ever for the data of a worker that ended with code 0.
+    worker, leave = os.getpid(), os._exit
+    os._exit = lambda status: leave(status or 1 if os.getpid() == worker else status)
 
 
 class _Source:
     """The batches as a grain source: each is one element, pickled into an array of bytes."""
 
-    def __init__(self, dataset: Any, ranges: list[range]):
+    def __init__(self, name: str, dataset: Any, ranges: list[range]):
+        self._name = name
         self._dataset = dataset
         self._ranges = ranges
 
@@ -113,16 +122,55 @@ class _Source:
         return len(self._ranges)
 
     def __getitem__(self, number: int) -> np.ndarray:
+        indices = self._ranges[number]
         data, index = [], -1
         try:
-            for index in self._ranges[number]:
+            for index in indices:
                 data.append(self._dataset[index])
         except BaseException as error:  # an exit in a dataset must not end the worker in silence
-            return _pack((index, _sendable(error), traceback.format_exc()), None)
-        return _pack(None, data)
+            return _as_array(_dumps(_Failure.of(error, error_text(self._name, index, error))))
+        try:
+            return _as_array(_dumps(data))
+        except Exception as error:
+            text = (
+                f"dataset {self._name!r}: the data of indices {indices[0]} to {indices[-1]} cannot be sent from a "
+                f"worker process: {type(error).__name__}: {error}; num_workers=0 reads in this process"
+            )
+            return _as_array(_dumps(_Failure.of(error, text)))
 
     def __repr__(self) -> str:
         return f"_Source({len(self)} batches)"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """What a worker sends in the place of a batch.
+
+    Attributes:
+        text: what happened.
+        traceback: where in the worker.
+        error: the original error, pickled by itself: not every one can be sent.
+    """
+
+    text: str
+    traceback: str
+    error: bytes
+
+    @classmethod
+    def of(cls, error: BaseException, text: str) -> _Failure:
+        """A failure from the error that is being handled."""
+        pickled = b""
+        with contextlib.suppress(Exception):
+            pickled = _dumps(error)
+        return cls(text, traceback.format_exc(), pickled)
+
+    def cause(self) -> BaseException | None:
+        """The original error, where it can be had."""
+        try:
+            error = _loads(self.error)
+        except Exception:
+            return None
+        return error if isinstance(error, BaseException) else None
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -142,18 +190,18 @@ class _Unpickler(pickle.Unpickler):
         return found
 
 
-def _pack(failure: Any, data: list[Any] | None) -> np.ndarray:
+def _dumps(content: Any) -> bytes:
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump((failure, data))
-    return np.frombuffer(buffer.getvalue(), np.uint8)
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(content)
+    return buffer.getvalue()
 
 
-def _sendable(error: BaseException) -> BaseException | str:
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return f"{type(error).__name__}: {error}"
+def _loads(content: bytes) -> Any:
+    return _Unpickler(io.BytesIO(content)).load()
+
+
+def _as_array(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, np.uint8)
 
 
 def _check_sendable(name: str, dataset: Any) -> None:
@@ -188,12 +236,13 @@ def _grain() -> Any:
     return grain
 
 
-@contextlib.contextmanager
-def _no_second_main() -> Iterator[None]:
-    """While workers start, they are told of no main module, so that they do not run the script again.
+@functools.cache
+def _keep_main_from_workers() -> None:
+    """From now on, workers are told of no main module, so that they do not run the script again.
 
     The standard library has no setting for this: it sends the script's path to every spawned
-    process. Only grain's processes are concerned, by their name.
+    process. Only grain's processes are concerned, by their name; it starts them in threads of its
+    own, at a time of its own, so that this is not taken back.
     """
     original = multiprocessing.spawn.get_preparation_data
 
@@ -205,7 +254,3 @@ def _no_second_main() -> Iterator[None]:
         return data
 
     multiprocessing.spawn.get_preparation_data = without_main
-    try:
-        yield
-    finally:
-        multiprocessing.spawn.get_preparation_data = original
