@@ -96,10 +96,11 @@ class Engine:
         """Copies a tree to each device, into buffers that a program may take for its own."""
         sharding = self.sharding(SAME)
 
-        # Only a copy of an array that JAX holds is sure to be one: a CPU device may go on using numpy's memory,
-        # and could not reuse it. Leaf by leaf, so that no second state is there in between.
+        # Only a copy of what is laid out already is sure to be one: a CPU device goes on using numpy's memory where
+        # it can, and a device the buffer that it has a share in. Leaf by leaf: no second state is there in between.
         def copy(leaf: Any) -> jax.Array:
-            return jax.device_put(jax.device_put(leaf, sharding), sharding, may_alias=False)
+            held = jax.device_put(leaf if isinstance(leaf, jax.Array) else np.array(leaf), sharding)
+            return jax.device_put(held, sharding, may_alias=False)
 
         return jax.tree.map(copy, tree)
 

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +70,7 @@ def make_loader():
     loaders = []
 
     def make(dataset, num_workers, batch_size=2, tail=False):
-        loaders.append(
-            Loader("set", dataset, batch_size, tail=tail, num_workers=num_workers, put=jax.device_put)
-        )
+        loaders.append(Loader("set", dataset, batch_size, tail=tail, num_workers=num_workers, put=jax.device_put))
         return loaders[-1]
 
     yield make
@@ -138,6 +135,42 @@ def test_any_data_come_back_as_they_are_here(dataset, make_loader):
     assert_rows_equal(rows(make_loader(dataset, 1)), rows(make_loader(dataset, 0)))
 
 
+def test_data_are_of_the_very_classes_that_are_here(make_loader):
+    @jax.tree_util.register_pytree_node_class
+    class Local:
+        made = 0
+
+        class Name(str):
+            pass
+
+        def __init__(self, x, name):
+            self.x = x
+            self.name = self.Name(name)
+            type(self).made += 1
+
+        def tree_flatten(self):
+            return (self.x,), self.name
+
+        @classmethod
+        def tree_unflatten(cls, name, children):
+            return cls(*children, name)
+
+    make = Local.__init__
+    loader = make_loader(make_dataset(lambda index: Local(np.full(2, index), "local")), 1)
+    Local.made = -1
+    seen = [datum for data in loader._reader.read(0) for datum in data]
+    assert {type(datum) for datum in seen} == {Local}
+    assert {type(datum.name) for datum in seen} == {Local.Name}
+    assert Local.made == -1
+    assert Local.__init__ is make
+    assert_rows_equal(rows(loader), rows(make_loader([Local(np.full(2, index), "local") for index in range(8)], 0)))
+
+
+def test_a_worker_reads_in_one_thread(make_loader):
+    loader = make_loader(make_dataset(lambda index: [np.int64(threading.get_ident() % 2**31)], n=80), 1)
+    assert len({float(x) for (batch,), _ in rows(loader) for x in batch}) == 1
+
+
 def test_a_pass_may_start_and_end_anywhere(make_loader):
     dataset = [[np.float32(i)] for i in range(14)]
     expected = rows(make_loader(dataset, 0))
@@ -186,37 +219,42 @@ class ShapeError(Exception):
         super().__init__(f"datum {index} has size {size}")
 
 
-def raising(error, at=5):
+def raising(make, at=5):
     def getitem(index):
         if index == at:
-            raise error
+            raise make()
         return [np.float32(index)]
 
     return getitem
 
 
 @pytest.mark.parametrize(
-    ("error", "text"),
+    ("make", "text"),
     [
-        (KeyError("missing"), "KeyError: 'missing'"),
-        (StopIteration("done"), "StopIteration: done"),
-        (SystemExit(0), "SystemExit: 0"),
-        (ShapeError(5, 7), "ShapeError: datum 5 has size 7"),
+        (lambda: KeyError("missing"), "KeyError: 'missing'"),
+        (lambda: StopIteration("done"), "StopIteration: done"),
+        (lambda: SystemExit(0), "SystemExit: 0"),
+        (lambda: ShapeError(5, 7), "ShapeError: datum 5 has size 7"),
     ],
+    ids=["KeyError", "StopIteration", "SystemExit", "ShapeError"],
 )
-def test_a_dataset_that_raises_is_told_of_with_its_index_and_its_error(error, text, make_loader):
-    loader = make_loader(make_dataset(raising(error)), 1)
+def test_a_dataset_that_raises_is_told_of_with_its_index_and_its_error(make, text, make_loader):
+    error = make()
+    loader = make_loader(make_dataset(raising(make)), 1)
     batches = loader.batches()
     assert [next(batches).host[0].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(DatasetError) as caught:
         next(batches)
-    assert str(caught.value).startswith(f"dataset 'set' raised at index 5: {text}")
-    told = str(caught.value) + "".join(getattr(caught.value.__cause__, "__notes__", []))
-    assert "in a worker process:\nTraceback" in told
-    assert "in getitem\n    raise error" in told
-    if not isinstance(error, ShapeError):
-        assert type(caught.value.__cause__) is type(error)
-        assert caught.value.__cause__.args == error.args
+    assert str(caught.value) == f"dataset 'set' raised at index 5: {text}"
+    cause = caught.value.__cause__
+    if isinstance(error, ShapeError):
+        assert cause is None
+    else:
+        assert type(cause) is type(error)
+        assert cause.args == error.args
+    (note,) = (cause or caught.value).__notes__
+    assert note.startswith("in a worker process:\nTraceback")
+    assert re.search(rf'File "{re.escape(__file__)}", line \d+, in getitem\n    raise make\(\)\n', note)
 
 
 def test_a_dataset_that_raises_ends_the_training_and_its_workers():
@@ -227,7 +265,9 @@ def test_a_dataset_that_raises_ends_the_training_and_its_workers():
             return super().__getitem__(index if index != 21 else 99)
 
     trainer = make_trainer(train_dataset=Broken(make_data(43)), num_workers=2)
-    with pytest.raises(DatasetError, match="^dataset 'train' raised at index 21: IndexError: list index out of range$"):
+    with pytest.raises(
+        DatasetError, match=r"^dataset 'train' raised at index 21: IndexError: list index out of range$"
+    ):
         trainer.train()
     assert len(trainer.metrics["train/loss"]) == 2
     assert workers() == []
@@ -266,12 +306,12 @@ def test_a_worker_that_is_killed_is_told_of_and_a_new_pass_has_new_workers(make_
 
 def test_data_that_cannot_be_sent_are_told_of(make_loader):
     loader = make_loader(make_dataset(lambda index: [np.float32(index), threading.Lock()]), 1)
-    with pytest.raises(DatasetError) as caught:
-        rows(loader)
-    assert str(caught.value).startswith(
-        "dataset 'set': the data of indices 0 to 1 cannot be sent from a worker process: "
+    text = (
+        "dataset 'set': the data at indices range(0, 2) cannot be sent from a worker process: "
         "TypeError: cannot pickle '_thread.lock' object; num_workers=0 reads in this process"
     )
+    with pytest.raises(WorkerError, match=f"^{re.escape(text)}$"):
+        rows(loader)
 
 
 def test_a_dataset_that_a_worker_cannot_make_again_is_told_of(make_loader):
@@ -282,43 +322,47 @@ def test_a_dataset_that_a_worker_cannot_make_again_is_told_of(make_loader):
         def __getitem__(self, index):
             return [np.float32(index)]
 
-        def __setstate__(self, state):
-            raise OSError("no such disk here")
-
         def __getstate__(self):
             return {"size": 8}
 
-    with pytest.raises(WorkerError, match=r"^dataset 'set': a worker process died \(no such disk here\);"):
+        def __setstate__(self, state):
+            raise OSError("no such disk here")
+
+    text = (
+        "dataset 'set': it cannot be made again in a worker process: OSError: no such disk here; "
+        "num_workers=0 reads in this process"
+    )
+    with pytest.raises(WorkerError, match=f"^{re.escape(text)}$"):
         rows(make_loader(Fragile(), 1))
 
 
+@pytest.fixture
+def unsendable(tmp_path):
+    with (tmp_path / "file").open("wb") as file:
+        yield {"file": file, "lock": threading.Lock(), "generator": (i for i in range(3))}
+
+
 @pytest.mark.parametrize(
-    ("make", "kind", "reason"),
+    ("what", "kind", "reason"),
     [
-        (lambda: Path(__file__).open(), "TextIOWrapper", ""),
-        (threading.Lock, "lock", "cannot pickle '_thread.lock' object"),
-        (lambda: (i for i in range(3)), "generator", "cannot pickle 'generator' object"),
+        ("file", "BufferedWriter", "cannot pickle '_io.BufferedWriter' object"),
+        ("lock", "lock", "cannot pickle '_thread.lock' object"),
+        ("generator", "generator", "cannot pickle 'generator' object"),
     ],
-    ids=["open file", "lock", "generator"],
 )
-def test_a_dataset_that_cannot_be_sent_names_its_attribute_when_the_trainer_is_built(make, kind, reason):
+def test_a_dataset_that_cannot_be_sent_names_its_attribute_when_the_trainer_is_built(what, kind, reason, unsendable):
     from tests.helpers import make_trainer
 
-    held = make()
+    held = unsendable[what]
     dataset = make_dataset(lambda index: [np.zeros(8, np.float32), np.zeros(3, np.float32)], fine=1, source=held)
     with pytest.raises(WorkerError) as caught:
         make_trainer(train_dataset=dataset, num_workers=1)
-    text = str(caught.value)
-    assert text.startswith(
-        f"dataset 'train' cannot be sent to worker processes: its attribute 'source' of type {kind}: {reason}"
-    )
-    assert text.endswith(
-        ". Open files, locks and connections cannot travel: open them in __getitem__ at first use, leave them out in "
+    assert str(caught.value) == (
+        f"dataset 'train' cannot be sent to worker processes: its attribute 'source' of type {kind}: {reason}. "
+        "Open files, locks and connections cannot travel: open them in __getitem__ at first use, leave them out in "
         "__getstate__, or use num_workers=0"
     )
     make_trainer(train_dataset=dataset, num_workers=0)
-    if hasattr(held, "close"):
-        held.close()
 
 
 def test_a_file_opened_at_first_use_is_a_way_out(tmp_path, make_loader):
@@ -446,3 +490,90 @@ def test_a_program_without_a_file_runs_once(how, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     check_output(result)
+
+
+def test_a_worker_that_starts_late_does_not_run_the_script_either(tmp_path):
+    from tests.helpers import run_script
+
+    # The dataset is pickled when the loader is built, then for each worker. The last pickling is held up until the
+    # first batch is there; or, if it is that of the worker who reads that batch, until the other one reads.
+    (tmp_path / "gate.py").write_text("""
+import itertools
+import threading
+from pathlib import Path
+
+first_batch = threading.Event()
+picklings = itertools.count(1)
+
+
+def hold_the_third():
+    number = next(picklings)
+    while number == 3 and not first_batch.wait(0.1) and not Path("2").exists():
+        pass
+""")
+    source = """
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import gate
+from learnax.data import Loader
+from learnax.data.reading import DatasetError
+
+print("the script runs")
+
+
+class Odd(Exception):
+    pass
+
+
+class Numbers:
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        Path(str(index)).touch()
+        if index == 7:
+            raise Odd("seven")
+        return [np.float32(index)]
+
+    def __getstate__(self):
+        gate.hold_the_third()
+        return {"some": "state"}
+
+
+loader = Loader("set", Numbers(), 2, tail=False, num_workers=2, put=jax.device_put)
+try:
+    for batch in loader.batches():
+        gate.first_batch.set()
+        print(batch.host[0].tolist())
+except DatasetError as error:
+    print(error, type(error.__cause__) is Odd)
+"""
+    assert run_script(source, tmp_path).stdout.splitlines() == [
+        "the script runs",
+        "[0.0, 1.0]",
+        "[2.0, 3.0]",
+        "[4.0, 5.0]",
+        "dataset 'set' raised at index 7: Odd: seven True",
+    ]
+
+
+def test_workers_that_nobody_ended_end_with_the_program(tmp_path):
+    from tests.helpers import run_script
+
+    result = run_script(
+        """
+import jax
+import numpy as np
+
+from learnax.data import Loader
+
+loader = Loader("set", [[np.ones(2)]] * 40, 2, tail=False, num_workers=2, put=jax.device_put)
+print(next(iter(loader))[0].tolist())
+""",
+        tmp_path,
+    )
+    assert result.stdout == "[[1.0, 1.0], [1.0, 1.0]]\n"
+    assert result.stderr == ""

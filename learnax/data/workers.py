@@ -10,21 +10,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import io
 import multiprocessing.spawn
 import os
-import pickle
-import sys
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import cloudpickle
 import jax
 import numpy as np
 
 from learnax.data.reading import DatasetError, error_text
+from learnax.data.sending import Classes, in_main, in_worker, to_main, to_worker
 
 AHEAD = 4
 """Batches that each worker keeps ready."""
@@ -32,7 +29,7 @@ _PROCESS_NAME = "grain-process-prefetch-"
 
 
 class WorkerError(RuntimeError):
-    """A worker process died, or could not be given the dataset."""
+    """A worker process died, could not be given the dataset, or could not send the data."""
 
 
 class Workers:
@@ -51,14 +48,15 @@ class Workers:
         self._num_workers = min(num_workers, len(ranges))
         _check_sendable(name, dataset)
         self._source = _Source(name, dataset, list(ranges))
-        self._stream: Any = None
-        self._end: weakref.finalize | None = None
+        self._streams: list[Any] = []  # grain's iterator, while there are processes
         self._next = 0
+        # Where nobody closes this reader, its processes end with it, or with the program.
+        weakref.finalize(self, _close, self._streams)
 
     def read(self, start: int) -> Iterator[list[Any]]:
         """Takes each batch from the worker whose turn it is."""
         for number in range(start, len(self._ranges)):
-            if self._stream is None or self._next != number:
+            if not self._streams or self._next != number:
                 self._open(number)
             blob = self._take()
             self._next = (number + 1) % len(self._ranges)
@@ -66,24 +64,22 @@ class Workers:
 
     def close(self) -> None:
         """Ends the processes; a later pass starts new ones."""
-        if self._end is not None:
-            self._end()
-            self._stream = self._end = None
+        _close(self._streams)
 
     def _open(self, start: int) -> None:
         self.close()
         _keep_main_from_workers()
         grain = _grain()
-        endless = grain.MapDataset.source(self._source).repeat()[start:].to_iter_dataset()
+        # One thread in each worker: datasets need not be safe for several, and AHEAD bounds what is kept ready.
+        one_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        endless = grain.MapDataset.source(self._source).repeat()[start:].to_iter_dataset(one_thread)
         options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=AHEAD)
-        self._stream = iter(endless.mp_prefetch(options, worker_init_fn=_begin_worker))
-        # Where nobody closes this reader, its processes end with it, or with the program.
-        self._end = weakref.finalize(self, self._stream.close)
+        self._streams.append(iter(endless.mp_prefetch(options, worker_init_fn=_begin_worker)))
         self._next = start
 
     def _take(self) -> np.ndarray:
         try:
-            return next(self._stream)
+            return next(self._streams[0])
         except Exception as error:
             self.close()
             raise WorkerError(
@@ -92,13 +88,19 @@ class Workers:
             ) from error
 
     def _unpack(self, blob: np.ndarray) -> list[Any]:
-        content = _loads(blob.tobytes())
+        content = in_main(blob.tobytes(), self._source.classes)
         if not isinstance(content, _Failure):
             return content
         self.close()
-        failure, cause = DatasetError(content.text), content.cause()
+        failure, cause = content.kind(content.text), content.cause(self._source.classes)
         (cause or failure).add_note(f"in a worker process:\n{content.traceback}")
         raise failure from cause
+
+
+def _close(streams: list[Any]) -> None:
+    # A worker that has not had its first turn ends with the last reference to the stream.
+    while streams:
+        streams.pop().close()
 
 
 def _begin_worker(index: int, count: int) -> None:
@@ -111,35 +113,63 @@ def _begin_worker(index: int, count: int) -> None:
 
 
 class _Source:
-    """The batches as a grain source: each is one element, pickled into an array of bytes."""
+    """The batches as a grain source: each is one element, pickled into an array of bytes.
+
+    Attributes:
+        classes: those that this process shares with the other side.
+    """
 
     def __init__(self, name: str, dataset: Any, ranges: list[range]):
         self._name = name
         self._dataset = dataset
         self._ranges = ranges
+        self._sent = b""
+        self.classes: Classes = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        sent, classes = to_worker(self._dataset)
+        self.classes.update(classes)
+        return self.__dict__ | {"_dataset": None, "_sent": sent, "classes": {}}
 
     def __len__(self) -> int:
         return len(self._ranges)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        indices = self._ranges[number]
+        content = self._read(self._ranges[number])
+        try:
+            sent = to_main(content, self.classes)
+        except Exception as error:
+            what = f"the data at indices {self._ranges[number]} cannot be sent from a worker process"
+            sent = to_main(self._failure(error, WorkerError, self._text(what, error)), self.classes)
+        return np.frombuffer(sent, np.uint8)
+
+    def __repr__(self) -> str:
+        return f"_Source({len(self)} batches)"
+
+    def _read(self, indices: range) -> list[Any] | _Failure:
+        # An exit in the user's code must not end the worker in silence, hence BaseException.
+        try:
+            if self._sent:
+                (self._dataset, self.classes), self._sent = in_worker(self._sent), b""
+        except BaseException as error:
+            what = "it cannot be made again in a worker process"
+            return self._failure(error, WorkerError, self._text(what, error))
         data, index = [], -1
         try:
             for index in indices:
                 data.append(self._dataset[index])
-        except BaseException as error:  # an exit in a dataset must not end the worker in silence
-            return _as_array(_dumps(_Failure.of(error, error_text(self._name, index, error))))
-        try:
-            return _as_array(_dumps(data))
-        except Exception as error:
-            text = (
-                f"dataset {self._name!r}: the data of indices {indices[0]} to {indices[-1]} cannot be sent from a "
-                f"worker process: {type(error).__name__}: {error}; num_workers=0 reads in this process"
-            )
-            return _as_array(_dumps(_Failure.of(error, text)))
+        except BaseException as error:
+            return self._failure(error, DatasetError, error_text(self._name, index, error))
+        return data
 
-    def __repr__(self) -> str:
-        return f"_Source({len(self)} batches)"
+    def _text(self, what: str, error: BaseException) -> str:
+        return f"dataset {self._name!r}: {what}: {type(error).__name__}: {error}; num_workers=0 reads in this process"
+
+    def _failure(self, error: BaseException, kind: type[Exception], text: str) -> _Failure:
+        pickled = b""
+        with contextlib.suppress(Exception):
+            pickled = to_main(error, self.classes)
+        return _Failure(kind, text, traceback.format_exc(), pickled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,66 +177,29 @@ class _Failure:
     """What a worker sends in the place of a batch.
 
     Attributes:
+        kind: what it is raised as.
         text: what happened.
         traceback: where in the worker.
-        error: the original error, pickled by itself: not every one can be sent.
+        error: the original error, pickled by itself: not every one can be.
     """
 
+    kind: type[Exception]
     text: str
     traceback: str
     error: bytes
 
-    @classmethod
-    def of(cls, error: BaseException, text: str) -> _Failure:
-        """A failure from the error that is being handled."""
-        pickled = b""
-        with contextlib.suppress(Exception):
-            pickled = _dumps(error)
-        return cls(text, traceback.format_exc(), pickled)
-
-    def cause(self) -> BaseException | None:
+    def cause(self, classes: Classes) -> BaseException | None:
         """The original error, where it can be had."""
         try:
-            error = _loads(self.error)
+            error = in_main(self.error, classes)
         except Exception:
             return None
         return error if isinstance(error, BaseException) else None
 
 
-class _Pickler(cloudpickle.Pickler):
-    """Sends classes of the user's script by name: this side's own class is what must come back."""
-
-    def persistent_id(self, obj: Any) -> tuple[str, str] | None:
-        if isinstance(obj, type) and obj.__module__ == "__main__" and "<locals>" not in obj.__qualname__:
-            return obj.__module__, obj.__qualname__
-        return None
-
-
-class _Unpickler(pickle.Unpickler):
-    def persistent_load(self, pid: tuple[str, str]) -> Any:
-        found: Any = sys.modules[pid[0]]
-        for part in pid[1].split("."):
-            found = getattr(found, part)
-        return found
-
-
-def _dumps(content: Any) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(content)
-    return buffer.getvalue()
-
-
-def _loads(content: bytes) -> Any:
-    return _Unpickler(io.BytesIO(content)).load()
-
-
-def _as_array(content: bytes) -> np.ndarray:
-    return np.frombuffer(content, np.uint8)
-
-
 def _check_sendable(name: str, dataset: Any) -> None:
     try:
-        cloudpickle.dumps(dataset)
+        to_worker(dataset)
     except Exception as error:
         raise WorkerError(
             f"dataset {name!r} cannot be sent to worker processes: {_culprit(dataset)}{error}. "
@@ -219,7 +212,7 @@ def _culprit(dataset: Any) -> str:
     """Names the attribute that cannot be pickled, where there is one."""
     for attribute, value in getattr(dataset, "__dict__", {}).items():
         try:
-            cloudpickle.dumps(value)
+            to_worker(value)
         except Exception:
             return f"its attribute {attribute!r} of type {type(value).__name__}: "
     return ""
