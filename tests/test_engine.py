@@ -98,8 +98,9 @@ def test_training_copies_no_state_and_holds_no_second_one(one_device):
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.train_state))
     params_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.train_state.params))
     memory = compiled.memory_analysis()
-    # Gradients are as large as the parameters; beside them, only activations of a few rows.
-    assert memory.temp_size_in_bytes < 1.5 * params_bytes
+    # Gradients are as large as the parameters, and so are their squares where XLA does not fuse them (jaxlib 0.10.0);
+    # a second state would be three times as large.
+    assert memory.temp_size_in_bytes < 2.25 * params_bytes
     # What is donated is what comes out: all of the state.
     assert memory.alias_size_in_bytes >= state_bytes
     shapes = {leaf.shape for leaf in jax.tree.leaves(trainer.train_state.params) if leaf.size > 1000}

@@ -345,7 +345,7 @@ def unsendable(tmp_path):
 @pytest.mark.parametrize(
     ("what", "kind", "reason"),
     [
-        ("file", "BufferedWriter", "cannot pickle '_io.BufferedWriter' object"),
+        ("file", "BufferedWriter", "cannot pickle '"),  # the rest differs between versions of Python
         ("lock", "lock", "cannot pickle '_thread.lock' object"),
         ("generator", "generator", "cannot pickle 'generator' object"),
     ],
@@ -357,9 +357,11 @@ def test_a_dataset_that_cannot_be_sent_names_its_attribute_when_the_trainer_is_b
     dataset = make_dataset(lambda index: [np.zeros(8, np.float32), np.zeros(3, np.float32)], fine=1, source=held)
     with pytest.raises(WorkerError) as caught:
         make_trainer(train_dataset=dataset, num_workers=1)
-    assert str(caught.value) == (
-        f"dataset 'train' cannot be sent to worker processes: its attribute 'source' of type {kind}: {reason}. "
-        "Open files, locks and connections cannot travel: open them in __getitem__ at first use, leave them out in "
+    assert str(caught.value).startswith(
+        f"dataset 'train' cannot be sent to worker processes: its attribute 'source' of type {kind}: {reason}"
+    )
+    assert str(caught.value).endswith(
+        ". Open files, locks and connections cannot travel: open them in __getitem__ at first use, leave them out in "
         "__getstate__, or use num_workers=0"
     )
     make_trainer(train_dataset=dataset, num_workers=0)
