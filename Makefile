@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
 ARGS ?=
+DEVICES ?=
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: train test check test-floor clean
+.PHONY: train test check test-floor bench bench-compare clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -23,6 +24,19 @@ check: $(INSTALLED)
 # The same tests at the lowest versions that pyproject.toml claims.
 test-floor:
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=.ci/constraints-floor.txt
+
+# What a step costs beside hand-written loops and Keras; DEVICES=4 forces as many devices on the CPU.
+bench: $(VENV)/.bench
+	$(if $(DEVICES),JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES)) \
+		$(BIN)/python -m bench $(ARGS)
+
+# make bench-compare BASE=old.json NEW=new.json: fails, by name, where something got slower beyond noise.
+bench-compare: $(VENV)/.bench
+	$(BIN)/python -m bench.compare $(BASE) $(NEW)
+
+$(VENV)/.bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'
+	touch $@
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

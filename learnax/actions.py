@@ -1,12 +1,13 @@
 """What a run does between two steps: plots, samples and saves, each at exactly its own steps.
 
-An action says when (`due`) apart from what (the call). A showing action looks at the newest step's
+An action says when (`next_due`) apart from what (the call). A showing action looks at the newest step's
 outputs and may add to its metrics; a saving one comes after that step's metrics are written.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -14,8 +15,8 @@ import jax
 import numpy as np
 
 from learnax.checkpoint import Checkpointer
-from learnax.data import Batch, signature_of
-from learnax.engine import SAME, Engine, Kind, Program
+from learnax.data import signature_of
+from learnax.engine import SAME, Engine, Kind, Wanted
 from learnax.state import PyTree, TrainState
 from learnax.utils import tree_unstack
 
@@ -30,14 +31,14 @@ class Moment:
     Attributes:
         step: updates made, this one included.
         state: the state after it, on the devices; the next step takes over its buffers.
-        batch: what it was trained on.
+        batch: what it was trained on, on the host: arguments with leaves `(batch_size, ...)`.
         outputs: the model's outputs, on the devices; None where no action asks for them.
         metrics: the step's metrics.
     """
 
     step: int
     state: TrainState
-    batch: Batch
+    batch: list[Any]
     outputs: PyTree
     metrics: Mapping[str, float]
 
@@ -45,8 +46,8 @@ class Moment:
 class Action(Protocol):
     """Something done at some steps."""
 
-    def due(self, step: int) -> bool:
-        """Whether this step is one of its own."""
+    def next_due(self, step: int) -> float:
+        """The first of its own steps after this one; infinity where there is none."""
         ...
 
     def __call__(self, moment: Moment) -> Mapping[str, float]:
@@ -60,9 +61,9 @@ class Every:
     def __init__(self, every: int | None):
         self._every = every
 
-    def due(self, step: int) -> bool:
-        """Whether this step is one of its own."""
-        return self._every is not None and step > 0 and step % self._every == 0
+    def next_due(self, step: int) -> float:
+        """The next multiple of the cadence."""
+        return math.inf if self._every is None else step - step % self._every + self._every
 
 
 class Plotter(Every):
@@ -95,7 +96,7 @@ class Plotter(Every):
         outputs = tree_unstack(_to_host(moment.outputs))
         if self._plot_model is not None:
             outputs = [self._plot_model(output) for output in outputs]
-        self._plot_pipe(self._run, outputs, tree_unstack(self._unwrap(moment.batch.host)))
+        self._plot_pipe(self._run, outputs, tree_unstack(self._unwrap(moment.batch)))
         return {}
 
 
@@ -144,16 +145,16 @@ class Sampler(Every):
 
         self._kind = Kind("sample", sample, (SAME, SAME, SAME, SAME), (SAME,))
 
-    def program(self, state: TrainState, batch: list[Any]) -> Program:
-        """The compiled sampling for a batch's arguments, or for their shapes."""
+    def wanted(self, state: TrainState, batch: list[Any]) -> Wanted:
+        """What to ask the engine for: the sampling of a batch, given as arguments or as their shapes."""
         data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self._size, *leaf.shape[1:]), leaf.dtype), batch)
         args = (state.params, self._params, state.step, self._unwrap(data))
-        return self._engine.program(self._kind, signature_of(data), args)
+        return self._kind, signature_of(data), args
 
     def __call__(self, moment: Moment) -> Mapping[str, float]:
         """Samples once; returns the means of the samples' metrics."""
-        data = self._unwrap(jax.tree.map(lambda leaf: leaf[: self._size], moment.batch.host))
-        program = self.program(moment.state, moment.batch.host)
+        data = self._unwrap(jax.tree.map(lambda leaf: leaf[: self._size], moment.batch))
+        program = self._engine.program(*self.wanted(moment.state, moment.batch))
         (stacked,) = program(moment.state.params, self._params, moment.state.step, self._engine.put(data, SAME))
         samples = tree_unstack(_to_host(stacked))
         if self._plot is not None:
@@ -194,9 +195,10 @@ class StateSaver:
         self._checkpointer = checkpointer
         self._resume_point = resume_point
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint of any sort is due."""
-        return self._checkpointer.should_save_latest(step) or self._checkpointer.should_save_numbered(step)
+    def next_due(self, step: int) -> float:
+        """The next step at which a checkpoint of any sort is due."""
+        cadences = Every(self._checkpointer.save_every), Every(self._checkpointer.checkpoint_every)
+        return min(cadence.next_due(step) for cadence in cadences)
 
     def __call__(self, moment: Moment) -> Mapping[str, float]:
         """Saves."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 
 from learnax.data import FirstDatum
@@ -18,7 +20,7 @@ from learnax.utils import describe
 _logger = logging.getLogger("learnax")
 
 
-_COUNTS = ("num_epochs", "batch_size")
+_COUNTS = ("num_epochs", "batch_size", "accumulate_steps")
 _CADENCES = ("save_every", "checkpoint_every", "plot_every", "val_every", "sample_every")
 _LIMITS = ("max_checkpoints", "sample_batch_size")
 _FUNCTIONS = ("losses", "save_model", "plot_pipe", "plot_model", "sample_model", "sample_plot", "sample_metrics")
@@ -53,6 +55,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for name in (*_COUNTS, *_CADENCES, *_LIMITS):
         if given[name] is not None or name in _COUNTS:
             _check_whole(name, given[name], least=1)
+    if given["steps_per_execution"] != "auto":
+        _check_whole("steps_per_execution", given["steps_per_execution"], least=1, hint='; or "auto"')
     _check_whole("num_workers", given["num_workers"], least=0, hint="; 0 reads in this process")
     _check_whole("seed", given["seed"])
     _check_rate(given["learning_rate"])
@@ -61,6 +65,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"max_grad must be a number above 0, but is {max_grad!r}; float('inf') never scales a gradient"
         )
+    optimizer = given["optimizer"]
+    if optimizer is not None and not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise TypeError(f"optimizer must be an optax transformation, with init and update, but is {optimizer!r}")
     sample, batch = given["sample_batch_size"], given["batch_size"]
     if sample is not None and sample > batch:
         raise ValueError(f"sample_batch_size {sample} is more than the {batch} data of a batch")
@@ -124,7 +131,21 @@ def named_splits(val_datasets: Any) -> dict[str, Any]:
     return {str(name): dataset for name, dataset in val_datasets.items()}
 
 
-def check_model(model: Any, losses: Losses, seed: int, data: Mapping[str, FirstDatum]) -> tuple[list[str], bool]:
+class Traced(NamedTuple):
+    """What tracing a model and its losses tells.
+
+    Attributes:
+        metrics: their names.
+        mapped: whether user code names the mapped axis `"devices"`.
+        primitives: names of the JAX primitives that it is made of.
+    """
+
+    metrics: tuple[str, ...]
+    mapped: bool
+    primitives: frozenset[str]
+
+
+def check_model(model: Any, losses: Losses, seed: int, data: Mapping[str, FirstDatum]) -> Traced:
     """Traces model and losses on the first datum of each split, without computing anything.
 
     Args:
@@ -133,14 +154,12 @@ def check_model(model: Any, losses: Losses, seed: int, data: Mapping[str, FirstD
         seed: of the run.
         data: split -> its first datum; the model is initialised on that of `train`.
 
-    Returns:
-        The names of the metrics, and whether user code names the mapped axis `"devices"`.
-
     Raises:
         ValueError: the model cannot take a datum; the datum's structure is in the text.
         TypeError: a loss or a metric that is no scalar.
     """
     names: list[str] = []
+    primitives: set[str] = set()
     key = jax.random.key(seed)
     first = data["train"].arguments
 
@@ -149,18 +168,27 @@ def check_model(model: Any, losses: Losses, seed: int, data: Mapping[str, FirstD
         params = _model_shapes("train", model, first, lambda: init_params(model, key, first))
         for split, (arguments, _) in data.items():
             _model_shapes(split, model, arguments, lambda p: apply_model(model, p, key, arguments), params)  # noqa: B023
-            found = jax.eval_shape(lambda p: datum_loss(model, losses, p, key, arguments, step)[2], params)  # noqa: B023
-            names.extend(name for name in found if name not in names)
+            loss_of = functools.partial(datum_loss, model, losses)
+            traced = jax.make_jaxpr(loss_of, return_shape=True)(params, key, arguments, step)
+            names.extend(name for name in traced[1][2] if name not in names)
+            primitives.update(_primitives(traced[0].jaxpr))
         return step
 
     try:
         trace()
-        return names, False
+        return Traced(tuple(names), False, frozenset(primitives))
     except NameError as error:
         if AXIS not in str(error):
             raise
     with_axis(trace)
-    return names, True
+    return Traced(tuple(names), True, frozenset(primitives))
+
+
+def _primitives(jaxpr: Any) -> Iterator[str]:
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+    for inner in jax.extend.core.subjaxprs(jaxpr):
+        yield from _primitives(inner)
 
 
 def _model_shapes(split: str, model: Any, datum: list[Any], function: Callable[..., PyTree], *args: PyTree) -> PyTree:

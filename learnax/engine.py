@@ -7,9 +7,10 @@ take `jit(shard_map)`, which is what `pmap` is made of, without its leading devi
 from __future__ import annotations
 
 import dataclasses
-import functools
+import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,12 +18,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from learnax.state import PyTree
-from learnax.step import AXIS, Recipe, evaluate, pack, train, update
+from learnax.step import AXIS
+from learnax.utils import leaves_by_path
+
+_logger = logging.getLogger("learnax")
+MANY_PROGRAMS = 8
+"""Programs of one kind at which a line says how to do with fewer."""
 
 SAME = PartitionSpec()
 """How an argument lies on the devices: the same on each."""
 SPLIT = PartitionSpec(AXIS)
 """How an argument lies on the devices: split along its leading axis."""
+BATCHES = PartitionSpec(None, AXIS)
+"""How an argument lies on the devices: n batches, each of them split."""
 
 
 @dataclasses.dataclass
@@ -32,14 +40,12 @@ class Program:
     Attributes:
         kind: which step it is.
         compiled: the callable.
-        names: names of the scalars it packs.
         seconds: time spent to trace, lower and compile it.
         calls: times it was dispatched.
     """
 
     kind: str
     compiled: jax.stages.Compiled
-    names: tuple[str, ...]
     seconds: dict[str, float]
     calls: int = 0
 
@@ -55,10 +61,9 @@ class Kind:
 
     Attributes:
         name: what it is called in the cache.
-        function: one device's share of the work; the scalars it returns are a dict.
+        function: one device's share of the work.
         inputs: how each argument lies on the devices.
         outputs: how each result does.
-        scalars: which result is packed into one vector, or None.
         donated: arguments whose buffers the program may reuse.
     """
 
@@ -66,8 +71,11 @@ class Kind:
     function: Callable[..., tuple[Any, ...]]
     inputs: tuple[PartitionSpec, ...]
     outputs: tuple[PartitionSpec, ...]
-    scalars: int | None = None
     donated: tuple[int, ...] = ()
+
+
+Wanted = tuple[Kind, Hashable, tuple[Any, ...]]
+"""A program to be compiled: its kind, what of its arguments may change, and the arguments or their shapes."""
 
 
 class Engine:
@@ -86,11 +94,26 @@ class Engine:
         self.mapped = False
         # Programs of several CPU devices that wait for one another's collectives can starve each other of threads.
         self.in_flight = 0 if len(self.devices) > 1 and self.devices[0].platform == "cpu" else 2
-        self.programs: dict[Hashable, Program] = {}
+        self.programs: dict[tuple[str, Hashable], Program] = {}
+        self._scalars: dict[int, jax.Array] = {}
 
     def put(self, tree: PyTree, spec: PartitionSpec) -> PyTree:
         """Starts the transfer of a tree to the devices."""
         return jax.device_put(tree, self.sharding(spec))
+
+    def scalar(self, value: int) -> jax.Array:
+        """A whole number on the devices; few of them come up, again and again."""
+        if value not in self._scalars:
+            self._scalars[value] = self.put(np.int32(value), SAME)
+        return self._scalars[value]
+
+    @staticmethod
+    def places(tree: PyTree) -> dict[str, list[int]]:
+        """Where each leaf lies: the addresses of its buffers, one for each device."""
+        return {
+            path: [shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards]
+            for path, leaf in leaves_by_path(tree).items()
+        }
 
     def own(self, tree: PyTree) -> PyTree:
         """Copies a tree to each device, into buffers that a program may take for its own."""
@@ -120,25 +143,31 @@ class Engine:
         """
         program = self.programs.get((kind.name, signature))
         if program is None:
-            program = self.programs[kind.name, signature] = self._compile(kind, args)
+            self.prepare([(kind, signature, args)])
+            program = self.programs[kind.name, signature]
+            self._tell_again(kind.name, signature, program)
         return program
 
-    def _compile(self, kind: Kind, args: tuple[Any, ...]) -> Program:
-        names: list[str] = []
+    def prepare(self, wanted: Iterable[Wanted]) -> None:
+        """Compiles those of these programs that are not there yet, side by side."""
+        missing = {(kind.name, signature): (kind, args) for kind, signature, args in wanted}
+        with ThreadPoolExecutor(thread_name_prefix="learnax-compiler") as pool:
+            # Tracing is Python and goes one by one; XLA compiles the first program while the next is traced.
+            compiling = {
+                key: pool.submit(self._compile, *self._lower(kind, args))
+                for key, (kind, args) in missing.items()
+                if key not in self.programs
+            }
+        for (name, signature), future in compiling.items():
+            self.programs[name, signature] = future.result()
 
-        def packed(*shares: Any) -> tuple[Any, ...]:
-            results = list(kind.function(*shares))
-            if kind.scalars is not None:
-                names[:] = results[kind.scalars]
-                results[kind.scalars] = pack(results[kind.scalars])
-            return tuple(results)
-
-        function: Callable[..., Any] = packed
+    def _lower(self, kind: Kind, args: tuple[Any, ...]) -> tuple[str, jax.stages.Lowered, dict[str, float]]:
+        function: Callable[..., Any] = kind.function
         if self.mapped or len(self.devices) > 1:
             # Replication of the results is not checked by shard_map, as it is not by pmap: the step's own
             # means over the devices make it so, and the tests compare one device with several.
             function = jax.shard_map(
-                packed, mesh=self.mesh, in_specs=kind.inputs, out_specs=kind.outputs, check_vma=False
+                function, mesh=self.mesh, in_specs=kind.inputs, out_specs=kind.outputs, check_vma=False
             )
         jitted = jax.jit(
             function,
@@ -146,39 +175,49 @@ class Engine:
             in_shardings=tuple(self.sharding(spec) for spec in kind.inputs),
             out_shardings=tuple(self.sharding(spec) for spec in kind.outputs),
         )
-        seconds, clock = {}, time.perf_counter
-        began = clock()
+        began = time.perf_counter()
         traced = jitted.trace(*args)
-        seconds["trace"] = clock() - began
+        middle = time.perf_counter()
         lowered = traced.lower()
-        seconds["lower"] = clock() - began - sum(seconds.values())
+        return kind.name, lowered, {"trace": middle - began, "lower": time.perf_counter() - middle}
+
+    @staticmethod
+    def _compile(name: str, lowered: jax.stages.Lowered, seconds: dict[str, float]) -> Program:
+        began = time.perf_counter()
         compiled = lowered.compile()
-        seconds["compile"] = clock() - began - sum(seconds.values())
-        return Program(kind.name, compiled, tuple(names), seconds)
+        return Program(name, compiled, {**seconds, "compile": time.perf_counter() - began})
+
+    def _tell_again(self, name: str, signature: Hashable, program: Program) -> None:
+        """Says that one more program of a kind was compiled, and what differs from the one before it."""
+        before = [known for kind, known in self.programs if kind == name and known != signature]
+        if not before:
+            return
+        _logger.warning(
+            "%s: a batch of a new shape was compiled for in %.2f s: %s (program %d of its kind)",
+            name,
+            sum(program.seconds.values()),
+            _difference(before[-1], signature),
+            len(before) + 1,
+        )
+        if len(before) + 1 == MANY_PROGRAMS:
+            _logger.warning(
+                "%s: %d programs are compiled, for batches of as many shapes. Each costs its compilation and its "
+                "memory: pad the data to one shape, or sort them into a few buckets of one shape each",
+                name,
+                MANY_PROGRAMS,
+            )
 
 
-def train_kind(recipe: Recipe, outputs: bool) -> Kind:
-    """`(state, seq, batch) -> (state, seq, scalars, outputs)`, the state donated.
-
-    Args:
-        recipe: what the step is made of.
-        outputs: whether the model's outputs leave the program; None stands in their place if not.
-    """
-
-    def function(state: Any, seq: Any, batch: Any) -> tuple[Any, ...]:
-        state, seq, scalars, made = train(recipe, state, seq, batch)
-        return state, seq, scalars, made if outputs else None
-
-    return Kind("train", function, (SAME, SAME, SPLIT), (SAME, SAME, SAME, SPLIT), scalars=2, donated=(0,))
-
-
-def update_kind(recipe: Recipe) -> Kind:
-    """`(state, key, batch) -> (state, scalars, outputs)`: one update by hand, nothing donated."""
-    function = functools.partial(update, recipe)
-    return Kind("update", function, (SAME, SAME, SPLIT), (SAME, SAME, SPLIT))
-
-
-def evaluate_kind(recipe: Recipe) -> Kind:
-    """`(params, step, seq, batch, count) -> (seq, sums)`."""
-    function = functools.partial(evaluate, recipe)
-    return Kind("evaluate", function, (SAME, SAME, SAME, SPLIT, SAME), (SAME, SAME), scalars=1)
+def _difference(old: Any, new: Any) -> str:
+    """Which leaves of two batches' signatures differ."""
+    leaves = [
+        leaves_by_path(jax.tree.unflatten(structure, [f"{dtype}{list(shape)}" for shape, dtype in shapes]))
+        for structure, shapes in (old, new)
+    ]
+    before, after = leaves
+    changed = [
+        f"[{path}] from {before.get(path, 'nothing')} to {after.get(path, 'nothing')}"
+        for path in dict.fromkeys([*before, *after])
+        if before.get(path) != after.get(path)
+    ]
+    return ", ".join(changed) or "its containers"

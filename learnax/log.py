@@ -7,11 +7,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 from tqdm import tqdm
+
+from learnax.sender import sender
+from learnax.step import Scalars
 
 T = TypeVar("T")
 
@@ -32,41 +35,63 @@ def in_notebook() -> bool:
     return shell is not None and shell.__class__.__name__ == "ZMQInteractiveShell"
 
 
-class _Row(NamedTuple):
-    names: tuple[str, ...]
-    scalars: jax.Array
+class _Steps(NamedTuple):
+    """The scalars of one dispatch, on their way."""
+
+    scalars: Scalars
+    steps: int
     epoch: int
     seconds: float
+
+
+class _Rows(NamedTuple):
+    """The scalars of one dispatch on the host: a row for each step."""
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    steps: list[int]
+    epoch: int
+
+    def part(self, rows: slice) -> _Rows:
+        """Some of the rows."""
+        return self._replace(values=self.values[rows], steps=self.steps[rows])
+
+    def named(self, more: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+        """The rows as the run gets them; `more` joins the last one."""
+        names = [_full_name(name) for name in self.names]
+        for number, (row, step) in enumerate(zip(self.values.tolist(), self.steps, strict=True), 1):
+            extra = more if number == len(self.steps) else {}
+            yield {**dict(zip(names, row, strict=True)), **extra, "step": step, "epoch": self.epoch}
 
 
 class Log:
     """Keeps a run's metrics.
 
-    A step's scalars are read when `in_flight` later steps have been dispatched: by then they are there.
+    A dispatch's scalars are read when `in_flight` later ones have been made: by then they are there.
 
     Args:
         run: where metrics go: anything with `log(dict)`, or None.
-        in_flight: steps whose scalars may be unread when another one is dispatched.
+        in_flight: dispatches whose scalars may be unread when another one is made.
         steps: training steps of the whole run, for the progress bar.
     """
 
     def __init__(self, run: Any, in_flight: int, steps: int):
         self.metrics: dict[str, list[float]] = {}
         self.step = 0
-        self._run = run
+        self._sender = sender(run)
         self._in_flight = in_flight
         self._steps = steps
-        self._pending: deque[_Row] = deque()
+        self._pending: deque[_Steps] = deque()
+        self._on_their_way = 0
         self._bar: Any = None
         self._waited = self._began = self._last_push = self._last_look = 0.0
         self._dropped = self._written = 0
-        self._deaf = False
         self._sent: set[str] = set()
 
     @property
     def step_at_most(self) -> int:
         """The step, if no update whose metrics are still on their way was dropped."""
-        return self.step + len(self._pending)
+        return self.step + self._on_their_way
 
     @contextlib.contextmanager
     def session(self, done: int) -> Iterator[None]:
@@ -82,6 +107,7 @@ class Log:
                 self._look()
                 self._bar.close()
                 self._bar = None
+                self._sender.close()
 
     def waiting(self, items: Iterable[T]) -> Iterator[T]:
         """The same items; the time until each is there counts as waiting for data."""
@@ -98,32 +124,42 @@ class Log:
             yield item
 
     def wait_for_room(self) -> None:
-        """Waits until no more than `in_flight` steps are on their way, and writes the metrics of the others."""
+        """Waits until no more than `in_flight` dispatches are on their way, and keeps the metrics of the others."""
         while len(self._pending) > self._in_flight:
-            self._write(*self._read())
+            self._keep_rows(self._read())
 
-    def push(self, names: tuple[str, ...], scalars: jax.Array, epoch: int) -> None:
-        """Takes the scalars of a dispatched training step."""
-        scalars.copy_to_host_async()
+    def push(self, scalars: Scalars, count: int, epoch: int) -> None:
+        """Takes the scalars of `count` dispatched training steps."""
+        scalars.values.copy_to_host_async()
         now = time.perf_counter()
-        self._pending.append(_Row(names, scalars, epoch, now - self._last_push))
+        self._pending.append(_Steps(scalars, count, epoch, now - self._last_push))
+        self._on_their_way += count
         self._last_push = now
 
     def drain(self) -> None:
-        """Waits for the steps in flight and writes their metrics."""
+        """Waits for the steps in flight and keeps their metrics."""
         while self._pending:
-            self._write(*self._read())
+            self._keep_rows(self._read())
 
     @contextlib.contextmanager
     def newest(self) -> Iterator[dict[str, float]]:
         """Waits for the steps in flight, and holds the newest one's metrics open to be added to."""
         while len(self._pending) > 1:
-            self._write(*self._read())
-        values, epoch = self._read()
+            self._keep_rows(self._read())
+        rows = self._read()
+        earlier, last = rows.part(slice(-1)), rows.part(slice(-1, None))
+        values = dict(zip(last.names, last.values[0].tolist(), strict=True))
         try:
+            if earlier.steps:  # of the same dispatch; they are not to wait for what is added to the last one
+                self._keep_rows(earlier)
             yield values
         finally:
-            self._write(values, epoch)
+            last.values[0] = [values.pop(name) for name in last.names]
+            self._keep_rows(last, values)
+
+    def flush(self) -> None:
+        """Waits until the run has every row that was kept so far."""
+        self._sender.flush()
 
     def keep_epoch(self, means: Mapping[str, Mapping[str, float]]) -> list[dict[str, float]]:
         """Keeps each split's means over an epoch; returns them under their full names, a dict for each split."""
@@ -149,15 +185,8 @@ class Log:
         return {name: len(values) for name, values in self.metrics.items()}
 
     def send(self, values: Mapping[str, Any]) -> None:
-        """Hands values to the run; a run that raises is told of once, and never ends the training."""
-        if self._run is None:
-            return
-        try:
-            self._run.log(dict(values))
-        except Exception as error:
-            if not self._deaf:
-                _logger.warning("run.log raised %s: %s; training goes on", type(error).__name__, error)
-            self._deaf = True
+        """Hands values to the run, after all that came before."""
+        self._sender.send([values], 1)
 
     def send_once(self, values: Mapping[str, Any]) -> None:
         """`send`, the first time it is called for these names."""
@@ -176,23 +205,28 @@ class Log:
         if self._bar is not None:
             self._bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
 
-    def _read(self) -> tuple[dict[str, float], int]:
-        row = self._pending.popleft()
-        values = dict(zip(row.names, np.asarray(row.scalars).tolist(), strict=True))
-        values["update_time"] = row.seconds
-        if values["has_nan"]:
-            self._tell_dropped(values)
-        else:
-            self.step += 1
-        return values, row.epoch
+    def _read(self) -> _Rows:
+        dispatch = self._pending.popleft()
+        self._on_their_way -= dispatch.steps
+        names, values = dispatch.scalars.names, np.asarray(dispatch.scalars.values)[: dispatch.steps]
+        dropped = values[:, names.index("has_nan")]
+        steps = (self.step + np.cumsum(dropped == 0)).tolist()
+        for row in np.flatnonzero(dropped):
+            self._tell_dropped(steps[row] + 1, dict(zip(names, values[row].tolist(), strict=True)))
+        self.step = steps[-1]
+        seconds = np.full((dispatch.steps, 1), dispatch.seconds / dispatch.steps, values.dtype)
+        return _Rows((*names, "update_time"), np.hstack([values, seconds]), steps, dispatch.epoch)
 
-    def _write(self, values: Mapping[str, float], epoch: int) -> None:
-        named = {name if name.startswith("grads/") else f"train/{name}": value for name, value in values.items()}
-        self._keep({name: value for name, value in named.items() if not name.startswith("grads/")})
-        self.send({**named, "step": self.step, "epoch": epoch})
-        self._written += 1
+    def _keep_rows(self, rows: _Rows, more: Mapping[str, float] = MappingProxyType({})) -> None:
+        for name, column in zip(rows.names, rows.values.T.tolist(), strict=True):
+            if not name.startswith("grads/"):
+                self.metrics.setdefault(_full_name(name), []).extend(column)
+        named = {_full_name(name): value for name, value in more.items()}
+        self._keep(named)
+        self._sender.send(rows.named(named), len(rows.steps))
+        self._written += len(rows.steps)
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.update(len(rows.steps))
             if time.perf_counter() - self._last_look > _REFRESH_S:
                 self._look()
 
@@ -210,47 +244,57 @@ class Log:
         shown["data"] = f"{self._waited / elapsed:.0%}"
         self._bar.set_postfix(shown)
 
-    def _tell_dropped(self, values: Mapping[str, float]) -> None:
+    def _tell_dropped(self, step: int, values: Mapping[str, float]) -> None:
         self._dropped += 1
         if self._dropped > _NAN_LINES and self._dropped % 100:
             return
         paths = [name.removeprefix("grads/") for name, norm in values.items() if name.startswith("grads/")]
         bad = [path for path in paths if not np.isfinite(values[f"grads/{path}"])]
-        why = f"the gradient is not finite in {', '.join(bad)}" if bad else f"the rate is {values['learning_rate']}"
+        if bad:
+            why = f"the gradient is not finite in {', '.join(bad)}"
+        elif not np.isfinite(values["learning_rate"]):
+            why = f"the rate is {values['learning_rate']}"
+        else:
+            why = "the optimizer's update is not finite, though the gradient is"
         _logger.warning(
             "step %d: the update would put NaN into the parameters and was dropped (%d so far): %s",
-            self.step + 1,
+            step,
             self._dropped,
             why,
         )
 
 
 class Means:
-    """A split's means from its batches' sums, read `in_flight` batches late."""
+    """A split's means from its batches' sums, read `in_flight` dispatches late."""
 
     def __init__(self, in_flight: int):
         self._in_flight = in_flight
-        self._pending: deque[tuple[tuple[str, ...], jax.Array]] = deque()
+        self._pending: deque[tuple[Scalars, int]] = deque()
         self._sums: dict[str, float] = {}
-        self._count = 0
+        self._size = 0
 
-    def push(self, names: tuple[str, ...], sums: jax.Array, count: int) -> None:
-        """Takes the sums over `count` data of a dispatched evaluation."""
-        sums.copy_to_host_async()
-        self._pending.append((names, sums))
-        self._count += count
+    def push(self, sums: Scalars, count: int, size: int) -> None:
+        """Takes the sums of `count` batches, of `size` data."""
+        sums.values.copy_to_host_async()
+        self._pending.append((sums, count))
+        self._size += size
         self._read(self._in_flight)
 
     def result(self) -> dict[str, float]:
         """Waits for the batches in flight; the mean of each metric over all data."""
         self._read(0)
-        return {name: total / self._count for name, total in self._sums.items()}
+        return {name: total / self._size for name, total in self._sums.items()}
 
     def _read(self, left: int) -> None:
         while len(self._pending) > left:
-            names, sums = self._pending.popleft()
-            for name, value in zip(names, np.asarray(sums).tolist(), strict=True):
-                self._sums[name] = self._sums.get(name, 0.0) + value
+            sums, count = self._pending.popleft()
+            for row in np.asarray(sums.values)[:count].tolist():
+                for name, value in zip(sums.names, row, strict=True):
+                    self._sums[name] = self._sums.get(name, 0.0) + value
+
+
+def _full_name(name: str) -> str:
+    return name if name.startswith("grads/") else f"train/{name}"
 
 
 def _bar(total: int, done: int) -> Any:

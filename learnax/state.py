@@ -53,18 +53,32 @@ def adam(learning_rate: LearningRate) -> optax.GradientTransformation:
     return optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate, b1=0.9, b2=0.999)
 
 
-def rate_of(learning_rate: LearningRate, opt_state: Any) -> jax.Array:
-    """The rate that the next update will use, as a scalar."""
+def next_rate(learning_rate: LearningRate, state: TrainState) -> jax.Array:
+    """The rate that Adam will use for the next update, as a scalar."""
     if callable(learning_rate):
-        return jnp.asarray(learning_rate(opt_state.count))
-    return opt_state.hyperparams["learning_rate"]
+        return jnp.asarray(learning_rate(state.opt_state.count))
+    return state.opt_state.hyperparams["learning_rate"]
+
+
+def last_rate(learning_rate: LearningRate, state: TrainState, step: Any) -> jax.Array:
+    """The rate that any optimiser has used for the update from `step` on.
+
+    What it keeps in its state (`optax.inject_hyperparams` does) is what it used; else it is what the
+    trainer was told.
+    """
+    kept = optax.tree_utils.tree_get_all_with_path(state.opt_state, "learning_rate")
+    if kept:
+        return jnp.asarray(kept[0][1])
+    return jnp.asarray(learning_rate(step) if callable(learning_rate) else learning_rate, jnp.float32)
 
 
 def with_rate(learning_rate: LearningRate, opt_state: Any) -> Any:
     """An optimiser state read from a checkpoint, with the rate that the script asks for now."""
     if callable(learning_rate):
         return opt_state
-    old = opt_state.hyperparams["learning_rate"]
+    old = getattr(opt_state, "hyperparams", {}).get("learning_rate")
+    if old is None:
+        return opt_state
     rate = jnp.asarray(learning_rate, old.dtype)
     return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
 

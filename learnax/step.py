@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from learnax.loss import Losses, call_loss
-from learnax.state import LearningRate, PyTree, TrainState, rate_of
+from learnax.state import LearningRate, PyTree, TrainState, last_rate, next_rate
 from learnax.utils import leaves_by_path
 
 AXIS = "devices"
@@ -32,8 +32,11 @@ class Recipe:
         optimizer: the optax transformation.
         learning_rate: what it was built from.
         max_grad: largest global L2 norm of a gradient.
-        batch_size: data per step, over all devices.
+        batch_size: data per batch, over all devices.
         shards: devices that a batch is split over.
+        accumulate: batches whose gradients are averaged before an update.
+        trusted: whether finite gradients and a finite rate make a finite update, as with Adam behind a clip.
+        looped: whether the model is as fast inside a loop as outside.
     """
 
     model: Any
@@ -43,6 +46,39 @@ class Recipe:
     max_grad: float
     batch_size: int
     shards: int
+    accumulate: int = 1
+    trusted: bool = True
+    looped: bool = True
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Scalars:
+    """Scalars in one array, with a name for each column: one transfer instead of many.
+
+    Attributes:
+        names: of the columns.
+        values: `(n, len(names))`, a row for each step.
+    """
+
+    names: tuple[str, ...]
+    values: Any
+
+    @classmethod
+    def row(cls, scalars: dict[str, jax.Array]) -> Scalars:
+        """One row, `values` of shape `(len(names),)`."""
+        dtype = jnp.promote_types(jnp.float32, jax.dtypes.canonicalize_dtype(float))
+        values = jnp.stack([jnp.asarray(value).astype(dtype) for value in scalars.values()])
+        return cls(tuple(scalars), values)
+
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[str, ...]]:
+        """The array, and the names as part of the structure."""
+        return (self.values,), self.names
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], children: tuple[Any]) -> Scalars:
+        """The inverse."""
+        return cls(names, *children)
 
 
 def apply_model(model: Any, params: PyTree, key: jax.Array, datum: list[Any]) -> Any:
@@ -86,8 +122,7 @@ def gradients(
     recipe: Recipe, params: PyTree, keys: jax.Array, batch: PyTree, step: Any
 ) -> tuple[PyTree, tuple[Any, jax.Array, dict[str, jax.Array]]]:
     """Gradients of `mean_loss`, with its outputs; all but the outputs are means over the devices."""
-    loss = jax.grad(functools.partial(mean_loss, recipe), has_aux=True)
-    grads, (outputs, value, metrics) = loss(params, keys, batch, step)
+    (grads, value, metrics), outputs = _own_gradients(recipe, params, keys, batch, step)
     grads, value, metrics = _mean_over_devices(recipe, (grads, value, metrics))
     return grads, (outputs, value, metrics)
 
@@ -95,7 +130,7 @@ def gradients(
 def update(
     recipe: Recipe, state: TrainState, key: jax.Array, batch: PyTree
 ) -> tuple[TrainState, dict[str, jax.Array], Any]:
-    """One guarded update.
+    """One guarded update from one batch.
 
     Args:
         recipe: what the step is made of.
@@ -108,64 +143,153 @@ def update(
         NaN into the parameters; the step's metrics and the norm of each gradient, by name; the
         outputs of this device's data.
     """
-    keys = _keys(recipe, key)
-    grads, (outputs, loss, metrics) = gradients(recipe, state.params, keys, batch, state.step)
-    squares = {path: jnp.sum(jnp.square(jnp.abs(g.astype(jnp.float32)))) for path, g in leaves_by_path(grads).items()}
-    norm = jnp.sqrt(sum(squares.values(), start=jnp.zeros((), jnp.float32)))
-    rate = rate_of(recipe.learning_rate, state.opt_state)
-    sound = _sound(grads, norm) & jnp.isfinite(rate)
-    new_state = _guarded(recipe, state, _clip(grads, norm, recipe.max_grad), sound)
-    scalars = {
-        **metrics,
-        "loss": loss,
-        "gradient norm": norm,
-        "has_nan": ~sound,
-        "learning_rate": rate,
-        **{f"grads/{path}": jnp.sqrt(square) for path, square in squares.items()},
-    }
-    return new_state, scalars, outputs
+    means, outputs = _own_gradients(recipe, state.params, _keys(recipe, key), batch, state.step)
+    state, scalars = _apply(recipe, state, *_mean_over_devices(recipe, means))
+    return state, scalars, outputs
 
 
 def train(
-    recipe: Recipe, state: TrainState, seq: jax.Array, batch: PyTree
-) -> tuple[TrainState, jax.Array, dict[str, jax.Array], Any]:
-    """`update` with the next key of the run's random sequence; also returns the sequence after it."""
-    seq, key = jax.random.split(seq)
-    state, scalars, outputs = update(recipe, state, key, batch)
-    return state, seq, scalars, outputs
+    recipe: Recipe, with_outputs: bool, state: TrainState, seq: jax.Array, batches: PyTree, index: jax.Array
+) -> tuple[TrainState, jax.Array, Scalars, Any]:
+    """One training step: `update`, with the next keys of the run's random sequence.
+
+    Args:
+        recipe: what the step is made of.
+        with_outputs: whether the outputs are given, or None; of several batches, those of the last.
+        state: the state before.
+        seq: the run's random sequence.
+        batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`.
+        index: the step's batch (the first of `accumulate`) among the n; beyond the last it goes on at the first.
+
+    Returns:
+        `(state, seq, scalars, outputs)`: as for `update`, the sequence after the step, one row of scalars.
+    """
+
+    def own(number: Any, seq: jax.Array) -> tuple[jax.Array, Any, Any]:
+        seq, key = jax.random.split(seq)
+        keys = _keys(recipe, key)
+        means, outputs = _own_gradients(recipe, state.params, keys, _batch(batches, index + number), state.step)
+        return seq, means, outputs if with_outputs else None
+
+    if recipe.accumulate == 1:
+        seq, means, outputs = own(0, seq)
+    else:
+
+        def add(number: Any, carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+            seq, means, outputs = own(number, carry[0])
+            return seq, jax.tree.map(lambda a, b: a + b / recipe.accumulate, carry[1], means), outputs
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(own, index, seq)[1:])
+        seq, means, outputs = jax.lax.fori_loop(0, recipe.accumulate, add, (seq, *zeros), unroll=not recipe.looped)
+    state, scalars = _apply(recipe, state, *_mean_over_devices(recipe, means))
+    return state, seq, Scalars.row(scalars), outputs
+
+
+def train_many(
+    recipe: Recipe,
+    room: int,
+    with_outputs: bool,
+    state: TrainState,
+    seq: jax.Array,
+    batches: PyTree,
+    start: jax.Array,
+    count: jax.Array,
+) -> tuple[TrainState, jax.Array, Scalars, Any]:
+    """Training steps, as many as `count` says, in one loop: the same program and the same bits however they are cut.
+
+    Args:
+        recipe: what the step is made of.
+        room: steps at most; with a room of one there is no loop.
+        with_outputs: whether the outputs of the last step are given, or None.
+        state: the state before.
+        seq: the run's random sequence.
+        batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`.
+        start: the first step's batch among the n.
+        count: steps, 1 to `room`.
+
+    Returns:
+        `(state, seq, scalars, outputs)`: `room` rows of scalars, of which the first `count` are meant; the
+        outputs of the last step.
+    """
+    # Traced once, for its shapes and for the loop.
+    one = jax.jit(functools.partial(train, recipe, with_outputs), inline=True)
+    if room == 1:
+        state, seq, row, outputs = one(state, seq, batches, start)
+        return state, seq, Scalars(row.names, row.values[None]), outputs
+    _, _, row, outputs = jax.eval_shape(one, state, seq, batches, start)
+    rows = jnp.zeros((room, len(row.names)), row.values.dtype)
+    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+
+    def body(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        state, seq, rows, _ = carry
+        state, seq, row, outputs = one(state, seq, batches, start + i * recipe.accumulate)
+        return state, seq, jax.lax.dynamic_update_index_in_dim(rows, row.values, i, 0), outputs
+
+    state, seq, rows, outputs = jax.lax.fori_loop(0, count, body, (state, seq, rows, outputs))
+    return state, seq, Scalars(row.names, rows), outputs
 
 
 def evaluate(
-    recipe: Recipe, params: PyTree, step: jax.Array, seq: jax.Array, batch: PyTree, count: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sums of loss and metrics over the first `count` data of a batch, without gradients.
+    recipe: Recipe, params: PyTree, step: jax.Array, seq: jax.Array, batches: PyTree, index: jax.Array, size: jax.Array
+) -> tuple[jax.Array, Scalars]:
+    """Sums of loss and metrics over the data of a batch, without gradients.
 
     Args:
         recipe: what the step is made of.
         params: the parameters.
         step: the training step, for schedules in losses.
         seq: the run's random sequence.
-        batch: this device's share, filled up to the full size.
-        count: data of the whole batch that are real; the rest is padding.
+        batches: this device's share of n batches, the last filled up to the full size.
+        index: the batch among the n.
+        size: data of all n batches that are real; the rest is padding.
 
     Returns:
         The random sequence after it (a full batch takes a key from it, a tail does not), and sums
-        over all devices.
+        over all devices, one row.
     """
     after, key = jax.random.split(seq)
-    full = count == recipe.batch_size
+    left = size - index * recipe.batch_size
+    full = left >= recipe.batch_size
     # A tail draws from a stream beside the sequence: the sequence is the same with tails as without.
-    keys = _keys(recipe, jnp.where(full, key, jax.random.fold_in(key, count)))
-    _, losses, metrics = batch_losses(recipe, params, keys, batch, step)
+    keys = _keys(recipe, jnp.where(full, key, jax.random.fold_in(key, left)))
+    _, losses, metrics = batch_losses(recipe, params, keys, _batch(batches, index), step)
     share = recipe.batch_size // recipe.shards
-    real = _shard_index(recipe) * share + jnp.arange(share, dtype=jnp.int32) < count
+    real = _shard_index(recipe) * share + jnp.arange(share, dtype=jnp.int32) < left
     sums = {
         name: jnp.where(real, values, jnp.zeros_like(values)).sum()
         for name, values in {**metrics, "loss": losses}.items()
     }
     if recipe.shards > 1:
         sums = jax.lax.psum(sums, AXIS)
-    return jnp.where(full, after, seq), sums
+    return jnp.where(full, after, seq), Scalars.row(sums)
+
+
+def evaluate_many(
+    recipe: Recipe,
+    room: int,
+    params: PyTree,
+    step: jax.Array,
+    seq: jax.Array,
+    batches: PyTree,
+    start: jax.Array,
+    count: jax.Array,
+    size: jax.Array,
+) -> tuple[jax.Array, Scalars]:
+    """`evaluate` for `count` batches from `start` on, 1 to `room`; a row of sums for each."""
+    one = jax.jit(functools.partial(evaluate, recipe), inline=True)
+    if room == 1:
+        seq, row = one(params, step, seq, batches, start, size)
+        return seq, Scalars(row.names, row.values[None])
+    row = jax.eval_shape(one, params, step, seq, batches, start, size)[1]
+    rows = jnp.zeros((room, len(row.names)), row.values.dtype)
+
+    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        seq, rows = carry
+        seq, row = one(params, step, seq, batches, start + i, size)
+        return seq, jax.lax.dynamic_update_index_in_dim(rows, row.values, i, 0)
+
+    seq, rows = jax.lax.fori_loop(0, count, body, (seq, rows))
+    return seq, Scalars(row.names, rows)
 
 
 def with_axis(function: Callable[[], PyTree]) -> PyTree:
@@ -174,10 +298,49 @@ def with_axis(function: Callable[[], PyTree]) -> PyTree:
     return jax.tree.map(lambda x: x[0], results)
 
 
-def pack(scalars: dict[str, jax.Array]) -> jax.Array:
-    """Scalars as one vector, in the dict's order: one transfer instead of many."""
-    dtype = jnp.promote_types(jnp.float32, jax.dtypes.canonicalize_dtype(float))
-    return jnp.stack([jnp.asarray(value).astype(dtype) for value in scalars.values()])
+def _batch(batches: PyTree, index: Any) -> PyTree:
+    """One of n batches; beyond the last it goes on at the first."""
+
+    def take(leaf: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(leaf, index % leaf.shape[0], keepdims=False)
+
+    return jax.tree.map(take, batches)
+
+
+def _own_gradients(
+    recipe: Recipe, params: PyTree, keys: jax.Array, batch: PyTree, step: Any
+) -> tuple[tuple[PyTree, jax.Array, dict[str, jax.Array]], Any]:
+    """`((gradients, loss, metrics), outputs)` of this device's share, before any mean over the devices."""
+    grads, (outputs, loss, metrics) = jax.grad(functools.partial(mean_loss, recipe), has_aux=True)(
+        params, keys, batch, step
+    )
+    return (grads, loss, metrics), outputs
+
+
+def _apply(
+    recipe: Recipe, state: TrainState, grads: PyTree, loss: jax.Array, metrics: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Clips, guards and applies an update; returns the new state and the step's scalars."""
+    squares = {path: jnp.sum(jnp.square(jnp.abs(g.astype(jnp.float32)))) for path, g in leaves_by_path(grads).items()}
+    norm = jnp.sqrt(sum(squares.values(), start=jnp.zeros((), jnp.float32)))
+    sound = _sound(grads, norm)
+    if recipe.trusted:
+        rate = next_rate(recipe.learning_rate, state)
+        state = _guarded(recipe, state, grads, norm, sound := sound & jnp.isfinite(rate))
+    else:
+        step = state.step
+        # Its updates are made twice, to be looked at before they touch the state: cheaper than a second state.
+        sound &= _all_finite(_updates(recipe, grads, norm, state)[0])
+        state = _guarded(recipe, state, grads, norm, sound)
+        rate = last_rate(recipe.learning_rate, state, step)
+    return state, {
+        **metrics,
+        "loss": loss,
+        "gradient norm": norm,
+        "has_nan": ~sound,
+        "learning_rate": rate,
+        **{f"grads/{path}": jnp.sqrt(square) for path, square in squares.items()},
+    }
 
 
 def _shard_index(recipe: Recipe) -> Any:
@@ -208,28 +371,31 @@ def _sound(grads: PyTree, norm: jax.Array) -> jax.Array:
     finite; that is looked at leaf by leaf, in the rare case alone.
     """
 
-    def each_finite() -> jax.Array:
-        return functools.reduce(
-            jnp.logical_and, [jnp.isfinite(g).all() for g in jax.tree.leaves(grads)], jnp.asarray(True)
-        )
-
-    return jax.lax.cond(jnp.isfinite(norm), lambda: jnp.asarray(True), each_finite)
+    return jax.lax.cond(jnp.isfinite(norm), lambda: jnp.asarray(True), lambda: _all_finite(grads))
 
 
-def _guarded(recipe: Recipe, state: TrainState, grads: PyTree, sound: jax.Array) -> TrainState:
+def _all_finite(tree: PyTree) -> jax.Array:
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)], jnp.asarray(True))
+
+
+def _updates(recipe: Recipe, grads: PyTree, norm: jax.Array, state: TrainState) -> tuple[PyTree, Any]:
+    grads = _clip(grads, norm, recipe.max_grad)
+    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic is not clean under "strict"
+        return recipe.optimizer.update(grads, state.opt_state, state.params)
+
+
+def _guarded(recipe: Recipe, state: TrainState, grads: PyTree, norm: jax.Array, sound: jax.Array) -> TrainState:
     """The update, made or not made: a loop of one trip or none.
 
     A `where` or `cond` between the old and the new state makes XLA keep both and copy one; a loop
-    carries the state in place, so that a donated state is updated in its own buffers. Adam behind a
-    finite clipped gradient and a finite rate divides by nothing that can be zero.
+    carries the state in place, so that a donated state is updated in its own buffers.
     """
 
     def update(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
-        _, (params, opt_state, step) = carry
-        with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic is not clean under "strict"
-            updates, new_opt_state = recipe.optimizer.update(grads, opt_state, params)
-        new = TrainState(optax.apply_updates(params, updates), new_opt_state, step + jnp.ones_like(step))
-        return jnp.asarray(False), jax.tree.map(lambda n, old: jnp.asarray(n).astype(old.dtype), new, carry[1])
+        _, old = carry
+        updates, opt_state = _updates(recipe, grads, norm, old)
+        new = TrainState(optax.apply_updates(old.params, updates), opt_state, old.step + jnp.ones_like(old.step))
+        return jnp.asarray(False), jax.tree.map(lambda n, o: jnp.asarray(n).astype(o.dtype), new, old)
 
     return jax.lax.while_loop(lambda carry: carry[0], update, (sound, state))[1]
 

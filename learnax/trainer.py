@@ -6,30 +6,39 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from learnax import checks
+from learnax import checks, clock
 from learnax.actions import Action, ModelSaver, Moment, Plotter, Sampler, StateSaver
+from learnax.cache import use_cache
 from learnax.checkpoint import Checkpointer
-from learnax.data import Batch, Loader, Repeated, arranged, first_datum, signature_of
-from learnax.engine import SAME, SPLIT, Engine, evaluate_kind, train_kind, update_kind
+from learnax.data import Block, Loader, Repeated, check_dataset, first_datum
+from learnax.engine import BATCHES, SAME, Engine
 from learnax.log import Log, Means
 from learnax.log import in_notebook as in_notebook
 from learnax.loss import LossPipe
+from learnax.plan import RESIDENT_BYTES, plan
 from learnax.profiling.cudart import libcudart as libcudart
+from learnax.programs import Programs
 from learnax.registry import Registry
 from learnax.state import LearningRate, Position, PyTree, adam, fresh_state, key_pair, with_rate
 from learnax.state import TrainState as TrainState
-from learnax.step import AXIS, Recipe, gradients, mean_loss, with_axis
+from learnax.step import Recipe, with_axis
 from learnax.utils import same_structure
 
 _logger = logging.getLogger("learnax")
 _SINGLE_BATCH_STEPS = 1000
+_SAFE_GRAD = 1e18
+"""A gradient clipped to no more than this has squares that are finite in float32, and Adam divides by nothing else."""
 
 
 class Trainer:
@@ -76,6 +85,13 @@ class Trainer:
         sample_plot: `(run, samples, None) -> None`, samples a list of one pytree per datum, on the host.
         sample_batch_size: data that are sampled on, by default the smaller of 9 and `batch_size`.
         sample_metrics: `(sample, datum) -> dict of scalars`, averaged into the step's metrics.
+        steps_per_execution: steps that one dispatch makes at most; "auto" decides by a rule that gives the
+            same answer each time, see `plan`.
+        accumulate_steps: batches whose gradients are averaged before an update; a step is an update.
+        optimizer: any optax transformation in place of Adam. The metric `learning_rate` is what its state
+            keeps (`optax.inject_hyperparams`), or else what the argument `learning_rate` says.
+        compilation_cache: the folder in which compiled programs outlive the process; False for none; by default
+            what `LEARNAX_COMPILATION_CACHE` says (a folder or "off"), or a folder among the user's caches.
         devices: devices that a batch is split over, by default all local ones.
 
     Raises:
@@ -124,11 +140,17 @@ class Trainer:
         sample_batch_size: int | None = None,
         sample_metrics: Callable[..., Mapping[str, Any]] | None = None,
         *,
+        steps_per_execution: int | str = "auto",
+        accumulate_steps: int = 1,
+        optimizer: optax.GradientTransformation | None = None,
+        compilation_cache: str | os.PathLike[str] | bool | None = None,
         devices: Sequence[jax.Device] | None = None,
     ):
+        began = time.perf_counter()
         checks.check_arguments(locals())
         self.model = self.transform = model
-        self.optimizer = adam(learning_rate)
+        self.optimizer = adam(learning_rate) if optimizer is None else optimizer
+        self._own_optimizer = optimizer is None
         self.losses = losses
         self.learning_rate = learning_rate
         self.train_dataset = train_dataset
@@ -138,6 +160,7 @@ class Trainer:
         self.load_weights = load_weights
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.accumulate_steps = accumulate_steps
         self.save_model = save_model
         self.run = run
         self.max_grad = max_grad
@@ -151,23 +174,42 @@ class Trainer:
         self.sample_every = sample_every
         self.best_metric_name = best_metric_name
 
+        use_cache(compilation_cache)
         devices = list(devices or jax.local_devices())
         self.device_count = len(devices)
         checks.check_split(batch_size, self.device_count)
         self.engine = Engine(devices)
         splits = {"train": train_dataset} | ({} if self.train_only else checks.named_splits(val_datasets))
-        self.loaders = {name: self._loader(name, dataset) for name, dataset in splits.items()}
+        for name, dataset in splits.items():
+            check_dataset(name, dataset, batch_size, accumulate_steps, tail=name != "train")
         self._data = {name: first_datum(name, dataset) for name, dataset in splits.items()}
-        names, self.engine.mapped = checks.check_model(model, losses, seed, self._data)
+        traced = checks.check_model(model, losses, seed, self._data)
+        self.engine.mapped = traced.mapped
         if keep_best_checkpoint:
-            checks.check_best(best_metric_name, names, list(splits))
+            checks.check_best(best_metric_name, traced.metrics, list(splits))
 
-        self._recipe = Recipe(model, losses, self.optimizer, learning_rate, max_grad, batch_size, self.device_count)
-        self._train = train_kind(self._recipe, outputs=plot_pipe is not None)
-        self._update = update_kind(self._recipe)
-        self._evaluate = evaluate_kind(self._recipe)
+        self._epoch_steps = (
+            _SINGLE_BATCH_STEPS if self._single else len(train_dataset) // batch_size // accumulate_steps
+        )
+        step_bytes = accumulate_steps * batch_size * sum(leaf.nbytes for leaf in jax.tree.leaves(self._first))
+        platform = devices[0].platform
+        self.plan = plan(steps_per_execution, platform, traced.primitives, step_bytes, self._epoch_steps)
+        self.loaders = {name: self._loader(name, dataset) for name, dataset in splits.items()}
+        recipe = Recipe(
+            model,
+            losses,
+            self.optimizer,
+            learning_rate,
+            max_grad,
+            batch_size,
+            self.device_count,
+            accumulate_steps,
+            trusted=self._own_optimizer and max_grad <= _SAFE_GRAD,
+            looped=self.plan.looped,
+        )
+        self.programs = Programs(self.engine, recipe, self.plan.room, with_outputs=plot_pipe is not None)
 
-        self.log = Log(run, self.engine.in_flight, num_epochs * len(self.loaders["train"]))
+        self.log = Log(run, self.engine.in_flight, num_epochs * self._epoch_steps)
         self.metrics = self.log.metrics
         self.checkpointer = _checkpointer(
             registry,
@@ -179,25 +221,25 @@ class Trainer:
             best_metric_name=best_metric_name,
             minimize_metric=minimize_metric,
         )
-        self._sampler: Sampler | None = None
         self._shows: list[Action] = []
         self._saves: list[Action] = []
         if plot_pipe is not None:
             self._shows.append(Plotter(plot_every, plot_pipe, plot_model, run, self._unwrap))
-        if sample_model is not None:
-            self._sampler = Sampler(
-                sample_every,
-                sample_model,
-                _sample_params(sample_params),
-                sample_plot,
-                sample_metrics,
-                min(9, batch_size) if sample_batch_size is None else sample_batch_size,
-                seed,
-                run,
-                self.engine,
-                self._unwrap,
+        if sample_model is not None and sample_every is not None:
+            self._shows.append(
+                Sampler(
+                    sample_every,
+                    sample_model,
+                    _sample_params(sample_params),
+                    sample_plot,
+                    sample_metrics,
+                    min(9, batch_size) if sample_batch_size is None else sample_batch_size,
+                    seed,
+                    run,
+                    self.engine,
+                    self._unwrap,
+                )
             )
-            self._shows.append(self._sampler)
         if save_model is not None:
             self._saves.append(ModelSaver(save_every, save_model))
         if self.checkpointer is not None:
@@ -206,8 +248,10 @@ class Trainer:
         self.rng_seq = self.engine.put(key_pair(seed)[0], SAME)
         self.position = Position()
         self._state: TrainState | None = None
+        self._places: dict[str, list[int]] = {}
         self._running = False
         self.maybe_init()
+        self._seconds = {"import": clock.import_seconds, "init": time.perf_counter() - began}
         if compile:
             self._compile()
 
@@ -220,6 +264,8 @@ class Trainer:
         where it stopped.
         """
         with self._session():
+            if self.position.epoch < self.num_epochs:
+                self._compile()
             self.log.send_once(
                 {"model/num_params": sum(leaf.size for leaf in jax.tree.leaves(self.train_state.params))}
             )
@@ -238,9 +284,10 @@ class Trainer:
             self.position = Position(epoch, 0, self.log.lengths())
         with self._session():
             self.log.show_epoch(epoch, self.num_epochs)
-            for batch in self.log.waiting(self.loaders["train"].batches(self.position.batch)):
-                outputs = self._step(batch)
-                self._act(batch, outputs)
+            for block in self.log.waiting(self.loaders["train"].blocks(self.position.batch)):
+                for start, count in self._dispatches(block):
+                    outputs = self._train_steps(block, start, count)
+                    self._act(block, start + count * self.accumulate_steps - 1, outputs)
             self.log.drain()
             means = {"train": self.log.training_means(self.position.marks)}
             seq = self.rng_seq
@@ -250,45 +297,74 @@ class Trainer:
             # Only now that all is done: an epoch that is interrupted before validates again, on the same keys.
             self._end_epoch(epoch, means, seq)
 
-    def _step(self, batch: Batch) -> PyTree:
-        """Dispatches one training step; returns the model's outputs, on the devices, where they are plotted."""
-        args = (self.train_state, self.rng_seq, batch.device)
-        program = self.engine.program(self._train, batch.signature, args)
+    def _dispatches(self, block: Block) -> Iterator[tuple[int, int]]:
+        """Cuts a block where something is due: `(first batch, steps)` of each dispatch, at most `plan.room` steps."""
+        start = block.first
+        while start < len(block):
+            left = (len(block) - start) // self.accumulate_steps
+            count = int(min(left, self.plan.room, self._next_due(self.log.step_at_most) - self.log.step_at_most))
+            yield start, count
+            start += count * self.accumulate_steps
+
+    def _train_steps(self, block: Block, start: int, count: int) -> PyTree:
+        """Dispatches training steps; returns the outputs of the last, on the devices, where they are plotted."""
         self.log.wait_for_room()
-        self._state, self.rng_seq, scalars, outputs = program(*args)
-        self.position.batch += 1
-        self.log.push(program.names, scalars, self.position.epoch)
+        began = time.perf_counter()
+        self._state, self.rng_seq, scalars, outputs = self.programs.train(
+            self.train_state, self.rng_seq, block, start, count
+        )
+        if self._places:
+            self._check_first(began)
+        self.position.batch += count * self.accumulate_steps
+        self.log.push(scalars, count, self.position.epoch)
         return outputs
 
-    def _act(self, batch: Batch, outputs: PyTree) -> None:
+    def _check_first(self, began: float) -> None:
+        """Waits for the first dispatch on a state, and says which of its arrays were not updated in place."""
+        jax.block_until_ready(self._state)
+        self._seconds.setdefault("first step", time.perf_counter() - began)
+        before, self._places = self._places, {}
+        after = self.engine.places(self._state)
+        moved = [name for name in before if before[name] != after[name]]
+        if moved:
+            _logger.warning(
+                "the step did not reuse the memory of %d of the state's %d arrays, and copies them: %s",
+                len(moved),
+                len(before),
+                ", ".join([*moved[:10], *(["and others"] if len(moved) > 10 else [])]),
+            )
+
+    def _next_due(self, step: int) -> float:
+        return min((act.next_due(step) for act in (*self._shows, *self._saves)), default=math.inf)
+
+    def _act(self, block: Block, batch: int, outputs: PyTree) -> None:
         """Plots, samples and saves, at exactly their steps.
 
         Which step this is depends on updates that were dropped and are not known of yet. It is at most
         `step_at_most`, so only where something is due at that one the loop waits to know.
         """
-        if not any(act.due(self.log.step_at_most) for act in (*self._shows, *self._saves)):
+        if self._next_due(self.log.step_at_most - 1) > self.log.step_at_most:
             return
         with self.log.newest() as metrics:
             if metrics["has_nan"]:  # the step is an old one: what is due at it was done when it was new
                 return
-            moment = Moment(self.log.step, self.train_state, batch, outputs, metrics)
-            for show in self._shows:
-                if show.due(moment.step):
-                    metrics |= show(moment)
-        # After the step's metrics are written: a checkpoint holds the history up to its step.
+            moment = Moment(self.log.step, self.train_state, block.batch(batch), outputs, metrics)
+            shows = [show for show in self._shows if show.next_due(moment.step - 1) == moment.step]
+            if shows:
+                self.log.flush()  # what a user's function finds logged does not depend on the speed of the run
+            for show in shows:
+                metrics |= show(moment)
+        # After the step's metrics are kept: a checkpoint holds the history up to its step.
         for save in self._saves:
-            if save.due(moment.step):
+            if save.next_due(moment.step - 1) == moment.step:
                 save(moment)
 
     def _validate(self, name: str, seq: jax.Array) -> tuple[dict[str, float], jax.Array]:
         """Evaluates one validation set, every datum once: its means, and the random sequence after it."""
         means = Means(self.engine.in_flight)
-        for batch in self.log.waiting(self.loaders[name].batches()):
-            state = self.train_state
-            args = (state.params, state.step, seq, batch.device, np.int32(batch.count))
-            program = self.engine.program(self._evaluate, batch.signature, args)
-            seq, sums = program(*args)
-            means.push(program.names, sums, batch.count)
+        for block in self.log.waiting(self.loaders[name].blocks()):
+            seq, sums = self.programs.evaluate(self.train_state, seq, block)
+            means.push(sums, len(block), block.size)
         return means.result(), seq
 
     def _end_epoch(self, epoch: int, means: Mapping[str, Mapping[str, float]], seq: jax.Array) -> None:
@@ -315,7 +391,8 @@ class Trainer:
             return
         self._running = True
         try:
-            with self.log.session(self.position.epoch * len(self.loaders["train"]) + self.position.batch):
+            done = self.position.epoch * self._epoch_steps + self.position.batch // self.accumulate_steps
+            with self.log.session(done):
                 yield
         finally:
             self._running = False
@@ -323,6 +400,18 @@ class Trainer:
                 loader.close()
             if self.checkpointer is not None:
                 self.checkpointer.close()
+
+    @property
+    def startup(self) -> dict[str, float]:
+        """Seconds that the start took, so far: import, init, trace, lower, compile, first step.
+
+        `trace`, `lower` and `compile` are sums over the programs; several are compiled side by side. `first
+        step` is the first dispatch, from the call until its result is there.
+        """
+        programs = self.engine.programs.values()
+        work = {name: sum(p.seconds[name] for p in programs) for name in ("trace", "lower", "compile")}
+        rest = dict(self._seconds)
+        return {"import": rest.pop("import"), "init": rest.pop("init"), **work, **rest}
 
     # ---- the state
 
@@ -335,6 +424,7 @@ class Trainer:
     @train_state.setter
     def train_state(self, state: TrainState) -> None:
         self._state = self.engine.own(TrainState(*state)._replace(step=np.int32(state.step)))
+        self._places = self.engine.places(self._state)
 
     def maybe_init(self) -> None:
         """Makes the state where there is none: from the checkpoint asked for, or fresh."""
@@ -350,7 +440,7 @@ class Trainer:
             make = functools.partial(fresh_state, self.model, self.optimizer, key, datum)
             return with_axis(make) if self.engine.mapped else make()
 
-        return jax.jit(fresh)(key_pair(self.seed)[1], self._data["train"].arguments)
+        return jax.jit(fresh)(key_pair(self.seed)[1], self._first)
 
     def _load(self) -> bool:
         """Takes over the checkpoint that `load_checkpoint` asks for; False where there is none to take."""
@@ -372,7 +462,9 @@ class Trainer:
             self.train_state = self.init_train_state()._replace(params=loaded["state"].params)
             return True
         state, resume = loaded["state"], loaded["resume"]
-        self.train_state = state._replace(opt_state=with_rate(self.learning_rate, state.opt_state))
+        if self._own_optimizer:  # only of that one the rate is sure to be the argument `learning_rate`
+            state = state._replace(opt_state=with_rate(self.learning_rate, state.opt_state))
+        self.train_state = state
         self.log.resume(loaded["step"], resume["history"] if resume else {})
         if resume:
             self.position = Position(**resume["position"])
@@ -400,7 +492,7 @@ class Trainer:
         Returns:
             `(loss, (outputs, loss, metrics))`: means over the data, outputs of each.
         """
-        return mean_loss(self._recipe, params, keys, self._as_arguments(batch), self.train_state.step)
+        return self.programs.loss(params, keys, self._as_arguments(batch), self.train_state.step)
 
     def grad(self, params: PyTree, keys: jax.Array, batch: PyTree) -> tuple[PyTree, tuple[Any, Any, Any]]:
         """The gradient of `loss`, mapped over the devices (`jax.pmap`).
@@ -414,12 +506,7 @@ class Trainer:
             `(gradients, (outputs, loss, metrics))`, all with a leading device axis; all but the outputs are
             means over the devices.
         """
-        return self._pmapped_grad(params, keys, self._as_arguments(batch), self.train_state.step)
-
-    @functools.cached_property
-    def _pmapped_grad(self) -> Callable[..., Any]:
-        function = functools.partial(gradients, self._recipe)
-        return jax.pmap(function, AXIS, in_axes=(None, 0, 0, None), devices=self.engine.devices)
+        return self.programs.grad(params, keys, self._as_arguments(batch), self.train_state.step)
 
     def update(self, rng: jax.Array, state: TrainState, batch: Any) -> tuple[PyTree, TrainState, dict[str, jax.Array]]:
         """One update by hand; the caller's state stays usable.
@@ -437,43 +524,49 @@ class Trainer:
         Raises:
             ValueError: a batch of another size or structure.
         """
-        host = arranged(batch, self._data["train"].arguments, self.batch_size, self.device_count)
-        if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-            rng = jax.random.wrap_key_data(rng)
-        data = self.engine.put(host, SPLIT)
-        owned = self.engine.own(TrainState(*state)._replace(step=np.int32(state.step)))
-        args = (owned, self.engine.put(rng, SAME), data)
-        new_state, metrics, outputs = self.engine.program(self._update, signature_of(data), args)(*args)
+        new_state, metrics, outputs = self.programs.update(rng, TrainState(*state), batch, self._first)
         return outputs, new_state, metrics
 
     # ---- wiring
 
+    @property
+    def _first(self) -> list[Any]:
+        """The first training datum, as the step sees each."""
+        return self._data["train"].arguments
+
+    @property
+    def _single(self) -> bool:
+        return self.single_batch or self.single_datum
+
     def _loader(self, name: str, dataset: Any) -> Loader | Repeated:
-        single = self.single_batch or self.single_datum
+        put = functools.partial(self.engine.put, spec=BATCHES)
+        training = name == "train"
         loader = Loader(
             name,
             dataset,
             self.batch_size,
-            tail=name != "train",
-            num_workers=0 if single else self.num_workers,
-            put=lambda host: self.engine.put(host, SPLIT),
+            tail=not training,
+            num_workers=0 if self._single else self.num_workers,
+            group=self.accumulate_steps if training else 1,
+            room=self.plan.room * (self.accumulate_steps if training else 1),
+            budget=RESIDENT_BYTES,
+            put=put,
         )
-        return Repeated(loader, _SINGLE_BATCH_STEPS, datum=self.single_datum) if single else loader
+        if not self._single:
+            return loader
+        return Repeated(loader, self._epoch_steps * self.accumulate_steps, datum=self.single_datum, put=put)
 
     def _compile(self) -> None:
-        """Lowers and compiles the run's programs, on the shapes of each split's first datum."""
-        state, count = self.train_state, np.int32(self.batch_size)
-        for name, first in self._data.items():
-            batch = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct((self.batch_size, *leaf.shape), leaf.dtype), first.arguments
-            )
-            if name != "train":
-                args = (state.params, state.step, self.rng_seq, batch, count)
-                self.engine.program(self._evaluate, signature_of(batch), args)
-                continue
-            self.engine.program(self._train, signature_of(batch), (state, self.rng_seq, batch))
-            if self._sampler is not None:
-                self._sampler.program(state, batch)
+        """Compiles the run's programs, on the shapes of each split's first datum."""
+
+        def shapes(lead: tuple[int, ...], arguments: list[Any]) -> PyTree:
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), arguments)
+
+        size = self.batch_size
+        blocks = {name: shapes((self.loaders[name].room, size), first.arguments) for name, first in self._data.items()}
+        samplers = [show for show in self._shows if isinstance(show, Sampler)]
+        more = [sampler.wanted(self.train_state, shapes((size,), self._first)) for sampler in samplers]
+        self.programs.prepare(self.train_state, self.rng_seq, blocks, more)
 
     def _unwrap(self, arguments: list[Any]) -> PyTree:
         """Arguments as the training set gives them: a datum that is no list is one argument."""
@@ -481,7 +574,7 @@ class Trainer:
 
     def _as_arguments(self, batch: PyTree) -> list[Any]:
         """A stacked batch as arguments, whether it was given as those or as the dataset gives them."""
-        return batch if same_structure(batch, self._data["train"].arguments) else [batch]
+        return batch if same_structure(batch, self._first) else [batch]
 
 
 def _checkpointer(registry: str | Registry | None, run: Any, **policy: Any) -> Checkpointer | None:

@@ -136,6 +136,8 @@ def _stack(leaves: list[Any]) -> Any:
 
 
 def _check_column(column: Sequence[Any], names: Sequence[int], tree: PyTree, position: int) -> None:
+    if _alike(column):
+        return
     shape = _shape(column[0])
     for name, leaf in zip(names, column, strict=True):
         if _shape(leaf) != shape:
@@ -143,6 +145,15 @@ def _check_column(column: Sequence[Any], names: Sequence[int], tree: PyTree, pos
                 f"leaf {_paths(tree)[position]} differs within a batch: datum {names[0]} has {_kind(column[0])}, "
                 f"datum {name} has {_kind(leaf)}; pad the data to one shape"
             )
+
+
+def _alike(column: Sequence[Any]) -> bool:
+    """Whether all are numpy arrays of one shape and dtype, asked cheaply: this runs for every leaf of every datum."""
+    first = column[0]
+    if type(first) is not np.ndarray or not is_array(first):
+        return False
+    shape, dtype = first.shape, first.dtype
+    return all(type(leaf) is np.ndarray and leaf.shape == shape and leaf.dtype == dtype for leaf in column)
 
 
 def _shape(leaf: Any) -> tuple[int, ...] | None:

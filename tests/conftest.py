@@ -1,7 +1,14 @@
-"""Four CPU devices, no accelerator, no network, no progress bars, strict dtype promotion."""
+"""Four CPU devices, no accelerator, no network, no progress bars, strict dtype promotion, a compilation cache."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+# One for all processes of the tests, so that each program is compiled once.
+if "LEARNAX_COMPILATION_CACHE" not in os.environ:
+    os.environ["LEARNAX_COMPILATION_CACHE"] = tempfile.mkdtemp(prefix="learnax-tests-")
+    atexit.register(shutil.rmtree, os.environ["LEARNAX_COMPILATION_CACHE"], ignore_errors=True)
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TQDM_DISABLE"] = "1"

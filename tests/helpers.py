@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -51,6 +52,20 @@ def make_trainer(**overrides):
         "devices": jax.devices()[:1],
     }
     return Trainer(**(arguments | overrides))
+
+
+class HostBatch(NamedTuple):
+    host: list
+    count: int
+    signature: object
+
+
+def batches(loader, start=0):
+    """A pass's batches, with how many of each one's data are real."""
+    for block in loader.blocks(start):
+        for number in range(block.first, len(block)):
+            count = min(block.size - number * block.batch_size, block.batch_size)
+            yield HostBatch(block.batch(number), count, block.signature)
 
 
 class MemoryRun:

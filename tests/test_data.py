@@ -10,7 +10,7 @@ import pytest
 from learnax.data import Loader
 from learnax.data.reading import DatasetError
 from learnax.loss import LossFunction
-from tests.helpers import assert_trees_equal, host, make_data, make_trainer
+from tests.helpers import assert_trees_equal, batches, host, make_data, make_trainer
 
 
 class Recorded:
@@ -65,7 +65,7 @@ def test_a_training_tail_is_skipped_and_not_read():
     dataset = Recorded(numbers(11))
     loader = make_loader(dataset)
     assert len(loader) == 2
-    assert [batch.count for batch in loader.batches()] == [4, 4]
+    assert [batch.count for batch in batches(loader)] == [4, 4]
     assert dataset.reads == list(range(8))
 
 
@@ -73,15 +73,15 @@ def test_a_validation_tail_is_filled_up_with_its_last_datum():
     dataset = Recorded(numbers(10))
     loader = make_loader(dataset, tail=True)
     assert len(loader) == 3
-    batches = list(loader.batches())
-    assert [batch.host[0].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
-    assert [batch.count for batch in batches] == [4, 4, 2]
-    assert len({batch.signature for batch in batches}) == 1
+    found = list(batches(loader))
+    assert [batch.host[0].tolist() for batch in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
+    assert [batch.count for batch in found] == [4, 4, 2]
+    assert len({batch.signature for batch in found}) == 1
     assert dataset.reads == list(range(10))
 
 
 def test_a_validation_set_may_be_smaller_than_a_batch():
-    (batch,) = make_loader(numbers(1), tail=True).batches()
+    (batch,) = batches(make_loader(numbers(1), tail=True))
     assert batch.host[0].tolist() == [0, 0, 0, 0]
     assert batch.count == 1
 
@@ -89,14 +89,14 @@ def test_a_validation_set_may_be_smaller_than_a_batch():
 def test_a_pass_may_start_at_any_batch():
     dataset = Recorded(numbers(12))
     loader = make_loader(dataset)
-    assert [batch.host[0].tolist() for batch in loader.batches(2)] == [[8, 9, 10, 11]]
-    assert list(loader.batches(3)) == []
+    assert [batch.host[0].tolist() for batch in batches(loader, 2)] == [[8, 9, 10, 11]]
+    assert list(batches(loader, 3)) == []
     assert dataset.reads == [8, 9, 10, 11]
 
 
 def test_host_and_device_hold_the_same_data():
     loader = make_loader([[np.float64(i), i, f"datum {i}"] for i in range(4)])
-    (batch,) = loader.batches()
+    (batch,) = loader.blocks()
     assert [getattr(leaf, "dtype", None) for leaf in batch.host] == [np.float32, np.int32, None]
     assert all(isinstance(leaf, jax.Array) for leaf in batch.device[:2])
     assert batch.device[2] is None
@@ -121,8 +121,8 @@ def test_random_keys_are_data():
 def test_the_first_batch_and_the_first_datum_are_read_alone():
     dataset = Recorded(numbers(12))
     loader = make_loader(dataset)
-    assert loader.first(repeat_datum=False).host[0].tolist() == [0, 1, 2, 3]
-    assert loader.first(repeat_datum=True).host[0].tolist() == [0, 0, 0, 0]
+    assert loader.first(repeat_datum=False)[0].tolist() == [0, 1, 2, 3]
+    assert loader.first(repeat_datum=True)[0].tolist() == [0, 0, 0, 0]
     assert dataset.reads == [0, 1, 2, 3, 0]
 
 
@@ -189,7 +189,7 @@ def test_the_next_batch_is_read_while_the_step_runs():
             return super().__getitem__(index)
 
     trainer = None
-    trainer = make_trainer(train_dataset=Watching(make_data(40)), losses=Long(), num_epochs=1)
+    trainer = make_trainer(train_dataset=Watching(make_data(40)), losses=Long(), num_epochs=1, steps_per_execution=1)
     trainer.train()
     assert len(running) == 5
     assert any(running[1:])
@@ -206,7 +206,7 @@ def test_a_batch_is_read_after_the_step_before_it_was_dispatched_and_metrics_com
             return super().__getitem__(index)
 
     trainer = None
-    trainer = make_trainer(train_dataset=Watching(make_data(64)), num_epochs=1)
+    trainer = make_trainer(train_dataset=Watching(make_data(64)), num_epochs=1, steps_per_execution=1)
     trainer.train()
     assert trainer.engine.in_flight == 2
     # Batch k is read with k steps dispatched; of them the newest three may be unread.

@@ -1,5 +1,6 @@
 """What the compiled programs are: how many, what they copy, what they reuse, what they transfer."""
 
+import logging
 import re
 
 import flax.linen as nn
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from learnax.engine import SAME, SPLIT
-from tests.helpers import MemoryRun, assert_trees_equal, host, make_data, make_trainer
+from learnax.engine import MANY_PROGRAMS, SAME, SPLIT
+from tests.helpers import MemoryRun, assert_trees_equal, host, make_data, make_trainer, run_script
 
 
 class Wide(nn.Module):
@@ -26,7 +27,8 @@ def program(trainer, kind):
     return found
 
 
-def test_a_run_compiles_one_program_to_train_and_one_to_evaluate(devices):
+@pytest.mark.parametrize(("steps_per_execution", "dispatches"), [(1, (15, 12)), (4, (8, 6)), ("auto", (6, 6))])
+def test_a_run_compiles_one_program_to_train_and_one_to_evaluate(devices, steps_per_execution, dispatches):
     traces = []
 
     class Counting(nn.Module):
@@ -43,13 +45,14 @@ def test_a_run_compiles_one_program_to_train_and_one_to_evaluate(devices):
         save_every=4,
         compile=True,
         devices=devices,
+        steps_per_execution=steps_per_execution,
     )
     before = len(traces)
     trainer.train()
     assert len(traces) == before, "the model was traced again after it was compiled"
     assert sorted(p.kind for p in trainer.engine.programs.values()) == ["evaluate", "train"]
-    assert program(trainer, "train").calls == 15
-    assert program(trainer, "evaluate").calls == 3 * (3 + 1)
+    # Three epochs of five steps, cut at every fourth; sets of three batches and of one.
+    assert (program(trainer, "train").calls, program(trainer, "evaluate").calls) == dispatches
 
 
 def test_the_cache_is_the_same_compiled_early_or_late(one_device):
@@ -77,19 +80,112 @@ def test_compiling_early_covers_every_validation_set_and_the_sampling():
     assert trainer.engine.programs == before
 
 
-def test_data_of_a_new_shape_compile_once_more():
-    long, short = make_data(16), [[x[:8], y] for x, y in make_data(16, 1)]
-    long = [[np.concatenate([x, x]), y] for x, y in long]
+class Pooled(nn.Module):
+    """Takes data of any length."""
 
-    class Pooled(nn.Module):
+    @nn.compact
+    def __call__(self, x, y):
+        return nn.Dense(3)(x.mean(keepdims=True))
+
+
+def lengthened(data, times):
+    return [[np.tile(x, times), y] for x, y in data]
+
+
+@pytest.mark.parametrize(("steps_per_execution", "calls"), [(1, [8, 4]), (4, [4, 2])])
+def test_data_of_a_new_shape_compile_once_more_and_say_so(caplog, steps_per_execution, calls):
+    data = [*lengthened(make_data(16), 2), *make_data(16, 1), *lengthened(make_data(16, 2), 2)]
+    trainer = make_trainer(
+        model=Pooled(), train_dataset=data, num_epochs=2, steps_per_execution=steps_per_execution, compile=True
+    )
+    with caplog.at_level(logging.WARNING, "learnax"):
+        trainer.train()
+    programs = list(trainer.engine.programs.values())
+    assert [p.kind for p in programs] == ["train", "train"]
+    assert [p.calls for p in programs] == calls
+    seconds = sum(programs[1].seconds.values())
+    room = steps_per_execution
+    assert caplog.messages == [
+        f"train: a batch of a new shape was compiled for in {seconds:.2f} s: "
+        f"[0] from float32[{room}, 8, 16] to float32[{room}, 8, 8] (program 2 of its kind)"
+    ]
+
+
+def test_the_line_for_a_new_shape_names_each_leaf_that_differs(caplog):
+    data = [[{"x": x, "z": x[:2]}, y] for x, y in make_data(8)]
+    data += [[{"x": x[:4].astype(np.float16), "z": x[:2]}, y] for x, y in make_data(8)]
+
+    class Named(nn.Module):
         @nn.compact
-        def __call__(self, x, y):
-            return nn.Dense(3)(x.mean(keepdims=True))
+        def __call__(self, d, y):
+            return nn.Dense(3)(d["x"].astype(jnp.float32).mean(keepdims=True) + d["z"].mean())
 
-    trainer = make_trainer(model=Pooled(), train_dataset=[*long, *short, *long], num_epochs=2)
+    make_trainer(model=Named(), train_dataset=data, num_epochs=1, steps_per_execution=1).train()
+    (line,) = caplog.messages
+    assert line.endswith(" s: [0/x] from float32[1, 8, 8] to float16[1, 8, 4] (program 2 of its kind)")
+
+
+def test_a_program_for_each_of_many_shapes_is_told_with_what_to_do(caplog):
+    data = [datum for times in range(1, MANY_PROGRAMS + 2) for datum in lengthened(make_data(8), times)]
+    make_trainer(model=Pooled(), train_dataset=data, num_epochs=1, steps_per_execution=1).train()
+    lines = [line for line in caplog.messages if "a batch of a new shape" not in line]
+    assert lines == [
+        "train: 8 programs are compiled, for batches of as many shapes. Each costs its compilation and its memory: "
+        "pad the data to one shape, or sort them into a few buckets of one shape each"
+    ]
+    assert len(caplog.messages) == MANY_PROGRAMS + 1
+    assert caplog.messages.index(lines[0]) == MANY_PROGRAMS - 1
+
+
+def test_validation_sets_of_other_shapes_are_compiled_for_at_the_start_and_are_no_news(caplog):
+    held_out = {"short": make_data(9), "long": lengthened(make_data(9), 2)}
+    make_trainer(model=Pooled(), val_datasets=held_out).train()
+    assert not caplog.messages
+
+
+def test_the_seconds_of_the_start_are_told(one_device):
+    trainer = make_trainer(val_datasets=[make_data(8, 1)])
+    assert list(trainer.startup) == ["import", "init", "trace", "lower", "compile"]
+    assert [name for name, seconds in trainer.startup.items() if not seconds] == ["trace", "lower", "compile"]
     trainer.train()
-    assert [p.kind for p in trainer.engine.programs.values()] == ["train", "train"]
-    assert [p.calls for p in trainer.engine.programs.values()] == [8, 4]
+    startup = trainer.startup
+    assert list(startup) == ["import", "init", "trace", "lower", "compile", "first step"]
+    assert all(seconds > 0 for seconds in startup.values())
+    programs = trainer.engine.programs.values()
+    assert startup["compile"] == sum(program.seconds["compile"] for program in programs)
+    trainer.train_state = host(trainer.train_state)
+    trainer.epoch(0)
+    assert trainer.startup == startup
+
+
+NOT_REUSED = """
+import jax
+import tests.conftest
+jax.config.update("jax_debug_nans", True)  # under which nothing is donated
+from tests.helpers import make_trainer
+make_trainer(devices=jax.devices()[:COUNT]).train()
+"""
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_state_that_is_copied_and_not_updated_in_place_is_told_once_by_name(tmp_path, count):
+    result = run_script(NOT_REUSED.replace("COUNT", str(count)), tmp_path)
+    (line,) = result.stderr.splitlines()
+    leaves = [f"Dense_{i}/{name}" for i in (0, 1) for name in ("bias", "kernel")]
+    hyperparams = [f"hyperparams/{name}" for name in ("b1", "b2", "eps", "eps_root", "learning_rate")]
+    adam = ["count", *(f"{moment}/{leaf}" for moment in ("mu", "nu") for leaf in leaves)]
+    opt_state = ["count", *hyperparams, *(f"inner_state/0/{name}" for name in adam)]
+    names = [*(f"params/{leaf}" for leaf in leaves), *(f"opt_state/{name}" for name in opt_state), "step"]
+    shown = ", ".join([*names[:10], "and others"])
+    assert line == f"the step did not reuse the memory of 20 of the state's 20 arrays, and copies them: {shown}"
+
+
+def test_a_state_that_is_updated_in_place_is_no_news(devices, caplog):
+    trainer = make_trainer(devices=devices, num_epochs=1)
+    trainer.train()
+    trainer.train_state = host(trainer.train_state)
+    trainer.epoch(0)
+    assert not caplog.messages
 
 
 def test_training_copies_no_state_and_holds_no_second_one(one_device):
@@ -143,8 +239,9 @@ def test_a_restored_state_is_updated_in_place_too(one_device):
     assert pointers(trainer.train_state) == places
 
 
-def test_a_step_fetches_one_array_from_the_device(devices, monkeypatch):
-    """All of a step's scalars are one transfer, and nothing else is read."""
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_a_dispatch_fetches_one_array_from_the_device(devices, monkeypatch, steps_per_execution):
+    """The scalars of all its steps are one transfer, and nothing else is read."""
     fetched = []
     implementation = type(jnp.zeros(()))
     value, in_numpy = implementation._value, False
@@ -167,14 +264,24 @@ def test_a_step_fetches_one_array_from_the_device(devices, monkeypatch):
 
         return counted
 
-    trainer = make_trainer(train_dataset=make_data(80), num_epochs=1, compile=True, devices=devices, run=MemoryRun())
+    trainer = make_trainer(
+        train_dataset=make_data(80),
+        num_epochs=1,
+        compile=True,
+        devices=devices,
+        run=MemoryRun(),
+        steps_per_execution=steps_per_execution,
+    )
     monkeypatch.setattr(implementation, "_value", property(by_jax))
     monkeypatch.setattr(np, "asarray", by_numpy(np.asarray))
     monkeypatch.setattr(np, "array", by_numpy(np.array))
     trainer.train()
     monkeypatch.undo()
     assert len(trainer.metrics["train/loss"]) == 10
-    assert fetched == [(len(program(trainer, "train").names),)] * 10
+    names = [*trainer.metrics, *(name for name in trainer.run.rows[1] if name.startswith("grads/"))]
+    columns = sum(not name.startswith("train_epoch/") and name != "train/update_time" for name in names)
+    assert fetched == [(steps_per_execution, columns)] * program(trainer, "train").calls
+    assert program(trainer, "train").calls == {1: 10, 4: 3}[steps_per_execution]
 
 
 def test_steps_in_flight_are_bounded_on_several_cpu_devices():

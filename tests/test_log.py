@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from learnax.log import Log, Means, in_notebook
+from learnax.step import Scalars
 from tests.helpers import MemoryRun, make_data, make_trainer, run_script
 
 STEP = ["loss", "rmse", "gradient norm", "update_time", "has_nan", "learning_rate"]
@@ -87,10 +88,15 @@ def test_a_run_that_raises_is_told_of_once_and_loses_nothing(caplog):
     with caplog.at_level(logging.WARNING, "learnax"):
         assert trainer.train() is run
     assert [record.message for record in caplog.records] == [
-        "run.log raised ConnectionError: no route to host; training goes on"
+        "run.log raised ConnectionError: no route to host; training goes on",
+        "run.log raised for 13 of 13 rows",
     ]
     assert len(trainer.metrics["train/loss"]) == 10
     assert sum("train/loss" in row for row in run.rows) == 10
+
+
+def scalars(names, rows):
+    return Scalars(names, jnp.array(rows, jnp.float32))
 
 
 @pytest.mark.parametrize("in_flight", [0, 2])
@@ -99,17 +105,28 @@ def test_scalars_are_read_when_later_steps_are_under_way(in_flight):
     for step in range(5):
         log.wait_for_room()
         assert len(log.metrics.get("train/loss", [])) == max(0, step - in_flight)
-        log.push(("loss", "has_nan"), jnp.array([step, 0], jnp.float32), 0)
+        log.push(scalars(("loss", "has_nan"), [[step, 0]]), 1, 0)
         assert log.step_at_most == step + 1
     log.drain()
     assert log.metrics["train/loss"] == [0, 1, 2, 3, 4]
     assert log.step == 5
 
 
+def test_steps_count_but_for_dropped_ones_however_they_are_dispatched():
+    log = Log(None, 2, 5)
+    log.push(scalars(("loss", "has_nan", "learning_rate"), [[1, 0, 1], [2, 1, 1], [3, 0, 1], [9, 9, 9]]), 3, 0)
+    assert log.step_at_most == 3
+    log.push(scalars(("loss", "has_nan", "learning_rate"), [[4, 0, 1], [5, 0, 1]]), 2, 0)
+    assert log.step_at_most == 5
+    log.drain()
+    assert log.step == log.step_at_most == 4
+    assert log.metrics["train/loss"] == [1, 2, 3, 4, 5]
+
+
 def test_the_newest_steps_metrics_can_be_added_to():
     log = Log(None, 2, 2)
     for step in range(2):
-        log.push(("loss", "has_nan"), jnp.array([step, 0], jnp.float32), 0)
+        log.push(scalars(("loss", "has_nan"), [[step, 0]]), 1, 0)
     with log.newest() as metrics:
         assert metrics["loss"] == 1
         metrics["more"] = 5.0
@@ -119,15 +136,15 @@ def test_the_newest_steps_metrics_can_be_added_to():
 
 def test_means_are_of_all_data_however_they_are_cut():
     means = Means(1)
-    for sums, count in (([6, 1], 3), ([4, 1], 2)):
-        means.push(("loss", "hits"), jnp.array(sums, jnp.float32), count)
+    for sums, count, size in (([[6, 1]], 1, 3), ([[1, 1], [3, 0], [jnp.nan, jnp.nan]], 2, 2)):
+        means.push(scalars(("loss", "hits"), sums), count, size)
     assert means.result() == {"loss": 2.0, "hits": 0.4}
 
 
 def test_many_dropped_updates_are_not_told_one_by_one(caplog):
     log = Log(None, 0, 300)
     for _ in range(250):
-        log.push(("loss", "has_nan", "learning_rate", "grads/w"), jnp.array([1, 1, 0.1, jnp.nan]), 0)
+        log.push(scalars(("loss", "has_nan", "learning_rate", "grads/w"), [[1, 1, 0.1, jnp.nan]]), 1, 0)
     log.drain()
     assert len(caplog.records) == 12
     assert caplog.records[-1].message == (

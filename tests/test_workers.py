@@ -83,8 +83,14 @@ def workers():
     return [process for process in multiprocessing.active_children() if process.name.startswith("grain-process")]
 
 
+def batches(loader, start=0):
+    from tests.helpers import batches
+
+    return batches(loader, start)
+
+
 def rows(loader, start=0):
-    return [(jax.tree.map(np.asarray, batch.host), batch.count) for batch in loader.batches(start)]
+    return [(jax.tree.map(np.asarray, batch.host), batch.count) for batch in batches(loader, start)]
 
 
 def assert_rows_equal(left, right):
@@ -177,7 +183,7 @@ def test_a_pass_may_start_and_end_anywhere(make_loader):
     loader = make_loader(dataset, 2)
     assert_rows_equal(rows(loader, start=3), expected[3:])
     assert_rows_equal(rows(loader), expected)
-    abandoned = loader.batches()
+    abandoned = batches(loader)
     for number in range(3):
         assert next(abandoned).host[0].tolist() == expected[number][0][0].tolist()
     assert_rows_equal(rows(loader), expected)
@@ -241,10 +247,10 @@ def raising(make, at=5):
 def test_a_dataset_that_raises_is_told_of_with_its_index_and_its_error(make, text, make_loader):
     error = make()
     loader = make_loader(make_dataset(raising(make)), 1)
-    batches = loader.batches()
-    assert [next(batches).host[0].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    found = batches(loader)
+    assert [next(found).host[0].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(DatasetError) as caught:
-        next(batches)
+        next(found)
     assert str(caught.value) == f"dataset 'set' raised at index 5: {text}"
     cause = caught.value.__cause__
     if isinstance(error, ShapeError):
@@ -294,12 +300,12 @@ def test_a_worker_that_ends_is_told_of(code, make_loader):
 def test_a_worker_that_is_killed_is_told_of_and_a_new_pass_has_new_workers(make_loader):
     dataset = [[np.float32(i)] for i in range(60)]
     loader = make_loader(dataset, 1)
-    batches = loader.batches()
-    next(batches)
+    found = batches(loader)
+    next(found)
     (worker,) = workers()
     worker.kill()
     with pytest.raises(WorkerError, match=r"^dataset 'set': a worker process died \(.*exit code -9\."):
-        list(batches)
+        list(found)
     assert workers() == []
     assert_rows_equal(rows(loader), rows(make_loader(dataset, 0)))
 
@@ -547,9 +553,9 @@ class Numbers:
 
 loader = Loader("set", Numbers(), 2, tail=False, num_workers=2, put=jax.device_put)
 try:
-    for batch in loader.batches():
+    for block in loader.blocks():
         gate.first_batch.set()
-        print(batch.host[0].tolist())
+        print(block.host[0][0].tolist())
 except DatasetError as error:
     print(error, type(error.__cause__) is Odd)
 """

@@ -1,7 +1,7 @@
 """Datasets to batches: read here or in worker processes, stacked, laid out for the devices."""
 
 from learnax.data.batch import (
-    Batch as Batch,
+    Block as Block,
     arranged as arranged,
     as_list as as_list,
     signature_of as signature_of,
@@ -11,5 +11,6 @@ from learnax.data.loader import (
     Loader as Loader,
     Repeated as Repeated,
     FirstDatum as FirstDatum,
+    check_dataset as check_dataset,
     first_datum as first_datum,
 )

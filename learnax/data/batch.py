@@ -1,4 +1,4 @@
-"""A batch: data stacked on the host, and the same on the devices."""
+"""Batches: data stacked on the host, a block of them on the devices."""
 
 from __future__ import annotations
 
@@ -14,20 +14,33 @@ from learnax.utils import PyTree, describe, same_structure, tree_stack
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """Data on their way into a step.
+class Block:
+    """Batches on their way into a dispatch, or several.
 
     Attributes:
-        host: the stacked data as a list of arguments, numpy leaves of shape `(batch_size, ...)`.
+        host: stacked data as a list of arguments, numpy leaves of shape `(n, batch_size, ...)`.
         device: the same on the devices.
-        count: data in it that are real; behind them the last one is repeated.
+        size: data in it that are real; behind them the last one is repeated. More than the n batches
+            hold: they are used again from the first.
+        batch_size: data per batch.
         signature: structure, shapes and dtypes: what decides which program takes it.
+        first: the first batch that is to be used.
     """
 
     host: list[Any]
     device: PyTree
-    count: int
+    size: int
+    batch_size: int
     signature: Hashable
+    first: int = 0
+
+    def __len__(self) -> int:
+        """Batches, with those that are used again."""
+        return -(-self.size // self.batch_size)
+
+    def batch(self, number: int) -> list[Any]:
+        """One batch on the host, leaves `(batch_size, ...)`."""
+        return jax.tree.map(lambda leaf: leaf[number % len(leaf)], self.host)
 
 
 def as_list(datum: Any) -> list[Any]:
@@ -38,6 +51,14 @@ def as_list(datum: Any) -> list[Any]:
 def stack_on_host(data: Sequence[Any], indices: Sequence[int]) -> list[Any]:
     """Data of one structure stacked into numpy arrays of the dtypes that devices will hold."""
     return tree_stack([as_list(datum) for datum in data], indices=indices, stack=_stack_leaves)
+
+
+def stack_batches(batches: Sequence[list[Any]], room: int) -> list[Any]:
+    """Stacked batches of one signature as one, leaves `(room, batch_size, ...)`; the last one fills up."""
+    if room == 1:
+        return jax.tree.map(lambda leaf: leaf[None], batches[0])
+    filled = [*batches, *[batches[-1]] * (room - len(batches))]
+    return jax.tree.map(lambda *leaves: (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves), *filled)
 
 
 def signature_of(tree: PyTree) -> Hashable:

@@ -1,33 +1,35 @@
-"""Loaders: one split of the data as a sequence of batches, the same for every number of workers."""
+"""Loaders: one split of the data as blocks of batches, the same for every number of workers."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from learnax.data.batch import Batch, signature_of, stack_on_host
+from learnax.data.batch import Block, signature_of, stack_batches, stack_on_host
 from learnax.data.reading import Here, Reader
-from learnax.utils import PyTree
+from learnax.utils import PyTree, describe
 
 
 class Loader:
     """A dataset as batches, in its own order.
 
-    Iterating gives stacked batches on the host; `batches` gives them laid out on the devices.
+    Iterating gives stacked batches on the host; `blocks` gives several at a time, laid out on the devices.
+    A list or tuple is read and stacked once, in the first whole pass, and its blocks stay on the devices
+    where they fit the budget; any other dataset is read again in each pass.
 
     Args:
         name: the split.
         dataset: anything with `__len__` and `__getitem__`.
         batch_size: data per batch.
         tail: whether the batch that is not full is filled up and given, or skipped.
-        num_workers: processes that read; 0 reads here, between one step's dispatch and the next.
-        put: starts a batch's transfer to the devices.
-
-    Raises:
-        TypeError: not a dataset.
-        ValueError: an empty dataset, or one with no full batch where the tail is skipped.
+        num_workers: processes that read; 0 reads here, while the devices compute.
+        put: starts a block's transfer to the devices.
+        group: batches that belong together; a group that is not whole is skipped with the tail.
+        room: batches in a block.
+        budget: bytes that a list may take on the devices.
     """
 
     def __init__(
@@ -39,52 +41,115 @@ class Loader:
         tail: bool,
         num_workers: int,
         put: Callable[[PyTree], PyTree],
+        group: int = 1,
+        room: int = 1,
+        budget: int = 0,
     ):
-        _check_dataset(name, dataset, batch_size, tail)
         self.name = name
         self.dataset = dataset
         self.batch_size = batch_size
+        self.room = room
+        self._group = group
         self._put = put
         size = len(dataset)
-        stop = size if tail else size - size % batch_size
+        stop = size if tail else size - size % (batch_size * group)
         self._ranges = [range(start, min(start + batch_size, size)) for start in range(0, stop, batch_size)]
         self._reader: Reader = Here(name, dataset, self._ranges)
+        self._workers = num_workers
         if num_workers:
             from learnax.data.workers import Workers
 
             self._reader = Workers(name, dataset, self._ranges, num_workers)
+        self._budget = budget if type(dataset) in (list, tuple) else 0
+        self._resident: list[Block] = []
 
     def __len__(self) -> int:
         """Batches in one pass."""
         return len(self._ranges)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return (batch.host for batch in self.batches())
+        return (block.batch(number) for block in self.blocks() for number in range(len(block)))
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """One pass over the batches from number `start` on, on the devices."""
-        for indices, data in zip(self._ranges[start:], self._reader.read(start), strict=False):
-            yield self._batch(indices, data)
+    def __str__(self) -> str:
+        reader = f"{self._workers} worker processes" if self._workers else "this process"
+        read = f"{self.name}: {len(self.dataset)} data in {len(self)} batches, read by {reader}"
+        if not self._budget:
+            return f"{read} in each pass"
+        return f"{read} once, kept on the devices while it takes at most {self._budget >> 20} MB"
 
-    def first(self, *, repeat_datum: bool) -> Batch:
+    def blocks(self, start: int = 0) -> Iterator[Block]:
+        """One pass over the batches from number `start` on, `room` at a time, on the devices."""
+        if self._resident:
+            begin = 0
+            for block in self._resident:
+                if begin + len(block) > start:
+                    yield dataclasses.replace(block, first=max(start - begin, 0))
+                begin += len(block)
+            return
+        kept: list[Block] = []
+        left = self._budget if start == 0 else 0
+        for block in self._read(start):
+            left -= sum(leaf.nbytes for leaf in jax.tree.leaves(block.device))
+            if left >= 0:
+                kept.append(block)
+            else:
+                kept.clear()
+            yield block
+        if left >= 0:
+            self._resident = kept
+
+    def first(self, *, repeat_datum: bool) -> list[Any]:
         """The first batch, read here; or one of its first datum alone, repeated."""
         indices = range(1) if repeat_datum else self._ranges[0]
         (data,) = Here(self.name, self.dataset, [indices]).read(0)
-        return self._batch(indices, data)
+        return self._stacked(indices, data)
 
     def close(self) -> None:
         """Ends worker processes; a later pass starts new ones."""
         self._reader.close()
 
-    def _batch(self, indices: range, data: list[Any]) -> Batch:
-        padding = self.batch_size - len(data)
-        names = [*indices, *[indices[-1]] * padding]
+    def _read(self, start: int) -> Iterator[Block]:
+        """Blocks of batches of one signature each; what was read before an error is given before it is raised."""
+        batches: list[list[Any]] = []
+        size = 0
         try:
-            host = stack_on_host([*data, *[data[-1]] * padding], names)
+            for indices, data in zip(self._ranges[start:], self._reader.read(start), strict=False):
+                batch = self._stacked(indices, data)
+                if batches and signature_of(batch) != signature_of(batches[0]):
+                    if len(batches) % self._group:
+                        raise ValueError(self._group_text(indices, batches[-1], batch))
+                    yield self._block(batches, size)
+                    batches, size = [], 0
+                batches.append(batch)
+                size += len(data)
+                if len(batches) == self.room:
+                    yield self._block(batches, size)
+                    batches, size = [], 0
+        except Exception:
+            whole = len(batches) - len(batches) % self._group
+            if whole:
+                yield self._block(batches[:whole], min(size, whole * self.batch_size))
+            raise
+        if batches:
+            yield self._block(batches, size)
+
+    def _group_text(self, indices: range, before: list[Any], batch: list[Any]) -> str:
+        return (
+            f"dataset {self.name!r}: the {self._group} batches of one update must be of one shape, but that of data "
+            f"{indices[0]} to {indices[-1]} is\n{describe(batch)}\nand the one before it\n{describe(before)}"
+        )
+
+    def _stacked(self, indices: range, data: list[Any]) -> list[Any]:
+        padding = self.batch_size - len(data)
+        try:
+            return stack_on_host([*data, *[data[-1]] * padding], [*indices, *[indices[-1]] * padding])
         except ValueError as error:
             raise ValueError(f"dataset {self.name!r}: {error}") from error
+
+    def _block(self, batches: list[list[Any]], size: int) -> Block:
+        host = stack_batches(batches, self.room)
         device = self._put(host)
-        return Batch(host, device, len(data), signature_of(device))
+        return Block(host, device, size, self.batch_size, signature_of(device))
 
 
 class Repeated:
@@ -94,45 +159,63 @@ class Repeated:
         loader: where the batch comes from.
         length: batches in one pass.
         datum: whether the batch is its first datum repeated.
+        put: starts its transfer to the devices.
     """
 
-    def __init__(self, loader: Loader, length: int, *, datum: bool):
+    def __init__(self, loader: Loader, length: int, *, datum: bool, put: Callable[[PyTree], PyTree]):
         self._loader = loader
         self._length = length
         self._datum = datum
-        self._batch: Batch | None = None
+        self._put = put
+        self.room = 1
+        self._block: Block | None = None
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return (batch.host for batch in self.batches())
+        return (block.batch(number) for block in self.blocks() for number in range(len(block)))
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """The batch, from number `start` on."""
-        if self._batch is None:
-            self._batch = self._loader.first(repeat_datum=self._datum)
-        for _ in range(start, self._length):
-            yield self._batch
+    def __str__(self) -> str:
+        what = "datum" if self._datum else "batch"
+        return f"{self._loader.name}: the first {what}, {self._length} times, kept on the devices"
+
+    def blocks(self, start: int = 0) -> Iterator[Block]:
+        """The batch, from number `start` on, as one block."""
+        if self._block is None:
+            host = stack_batches([self._loader.first(repeat_datum=self._datum)], 1)
+            device = self._put(host)
+            size = self._length * self._loader.batch_size
+            self._block = Block(host, device, size, self._loader.batch_size, signature_of(device))
+        if start < self._length:
+            yield dataclasses.replace(self._block, first=start)
 
     def close(self) -> None:
         """Nothing to end: the batch was read once."""
 
 
-def _check_dataset(name: str, dataset: Any, batch_size: int, tail: bool) -> None:
-    """Raises where a dataset cannot give a single batch."""
+def check_dataset(name: str, dataset: Any, batch_size: int, group: int, tail: bool) -> None:
+    """Checks that a dataset can give a batch, or a group of them.
+
+    Raises:
+        TypeError: not a dataset.
+        ValueError: an empty dataset, or one with no full batch where the tail is skipped.
+    """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"dataset {name!r} must have __len__ and __getitem__, but is {type(dataset).__name__}; "
             "a list of data is the simplest"
         )
-    size = len(dataset)
+    size, least = len(dataset), 1 if tail else batch_size * group
     if size == 0:
-        raise ValueError(f"dataset {name!r} is empty; expected at least {1 if tail else batch_size} data")
-    if size < batch_size and not tail:
+        raise ValueError(f"dataset {name!r} is empty; expected at least {least} data")
+    if size < least:
+        batches = f"one batch of {batch_size}" if group == 1 else f"the {group} batches of {batch_size} of one update"
+        hint = (
+            f"batch_size <= {size // group}" if size >= group else f"accumulate_steps <= {max(size // batch_size, 1)}"
+        )
         raise ValueError(
-            f"dataset {name!r} has {size} data, fewer than one batch of {batch_size}: every batch would be skipped; "
-            f"use batch_size <= {size}"
+            f"dataset {name!r} has {size} data, fewer than {batches}: every batch would be skipped; use {hint}"
         )
 
 

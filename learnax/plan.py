@@ -1,0 +1,60 @@
+"""How a run is cut: the steps that one dispatch makes, by a rule that gives the same answer each time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+FUSED = 16
+"""Steps in a dispatch where fusing pays: enough to hide what a dispatch costs the host."""
+BLOCK_BYTES = 64 << 20
+"""What the batches of one dispatch may take, on the host and again on the devices; up to four such blocks are alive."""
+RESIDENT_BYTES = 1 << 30
+"""What a list of data may take to be stacked once and kept on the devices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How many steps a dispatch makes at most, and why.
+
+    Attributes:
+        room: steps.
+        why: the reason, for a person.
+        looped: whether the model is as fast inside a loop as outside.
+        step_bytes: size of a step's data.
+    """
+
+    room: int
+    why: str
+    looped: bool
+    step_bytes: int = dataclasses.field(default=0, compare=False)
+
+    def __str__(self) -> str:
+        size = self.room * self.step_bytes / (1 << 20)
+        return f"{self.room} step(s) per dispatch: {self.why}; a dispatch's data take {size:.3g} MB"
+
+
+def plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes: int, epoch_steps: int) -> Plan:
+    """Decides how many steps a dispatch makes.
+
+    No clock is asked: two runs of one script, and a resumed one, decide alike.
+
+    Args:
+        asked: `steps_per_execution`: a number, or "auto".
+        platform: of the devices, "cpu" for one.
+        primitives: names of the JAX primitives that model and losses are made of.
+        step_bytes: size of a step's data.
+        epoch_steps: steps in an epoch; more in a dispatch would be padding.
+    """
+    # Measured on a 2-core CPU: a convolution inside a loop takes 9 times as long as outside.
+    looped = not (platform == "cpu" and "conv_general_dilated" in primitives)
+    if asked != "auto":
+        return Plan(min(int(asked), epoch_steps), "as asked for, or as many as an epoch has", looped, step_bytes)
+    if platform != "cpu":
+        return Plan(1, f"fusing is not measured on {platform}", looped, step_bytes)
+    if not looped:
+        return Plan(1, "a convolution is slower inside a loop on a CPU", looped, step_bytes)
+    room = FUSED
+    while room > 1 and room * step_bytes > BLOCK_BYTES:
+        room //= 2
+    why = "dispatches cost more than steps" if room == FUSED else f"their data must fit into {BLOCK_BYTES >> 20} MB"
+    return Plan(min(room, epoch_steps), why, looped, step_bytes)

@@ -1,0 +1,212 @@
+"""Compiled programs on disk: whose folder, who may write to it, and that a second start finds them."""
+
+import json
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import run_script
+
+# Nothing of the tests' own cache.
+CLEAN = {"LEARNAX_COMPILATION_CACHE": None, "JAX_COMPILATION_CACHE_DIR": None}
+
+TRAINS = """
+import json, sys
+import jax
+
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rsplit("/", 1)[-1]))
+jax.numpy.arange(3) + 1  # JAX has compiled before the trainer is there
+from tests.helpers import make_data, make_trainer
+
+trainer = make_trainer(val_datasets=[make_data(9, 1)], num_epochs=1)
+trainer.train()
+print(json.dumps({
+    "folder": jax.config.jax_compilation_cache_dir,
+    "hits": events.count("cache_hits"),
+    "misses": events.count("cache_misses"),
+    "losses": trainer.metrics["train/loss"] + trainer.metrics["val/loss"],
+}))
+"""
+
+
+def start(tmp_path, **env):
+    return json.loads(run_script(TRAINS, tmp_path, env=CLEAN | env).stdout)
+
+
+def test_a_second_start_finds_its_programs_and_computes_the_same(tmp_path):
+    home = tmp_path / "caches"
+    first = start(tmp_path, XDG_CACHE_HOME=str(home))
+    (folder,) = (home / "learnax").iterdir()
+    assert first["folder"] == str(folder)
+    assert folder.name.startswith("programs-")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    programs = sorted(path.name.split("-")[0] for path in folder.iterdir() if path.name.endswith("-cache"))
+    assert "jit_train_many" in programs
+    assert "jit_evaluate_many" in programs
+    assert (first["hits"], first["misses"]) == (0, len(programs))
+
+    second = start(tmp_path, XDG_CACHE_HOME=str(home))
+    assert second == first | {"hits": len(programs), "misses": 0}
+
+    without = start(tmp_path, XDG_CACHE_HOME=str(home), LEARNAX_COMPILATION_CACHE="off")
+    assert without == first | {"folder": None, "misses": 0}
+
+
+def used(tmp_path, asked="", prepare="", **env):
+    """What `use_cache` says in a process of its own, and what JAX has after it."""
+    source = f"""
+import logging
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+import jax
+from learnax.cache import use_cache
+{prepare}
+print(use_cache({asked or None}))
+print(jax.config.jax_compilation_cache_dir)
+"""
+    result = run_script(source, tmp_path, env=CLEAN | {"XDG_CACHE_HOME": str(tmp_path / "caches")} | env)
+    assert not result.stderr.startswith("Traceback")
+    return [*result.stdout.splitlines(), *[line for line in result.stderr.splitlines() if "compilation cache" in line]]
+
+
+@pytest.mark.parametrize("off", ["OFF", ""])
+def test_the_variable_turns_it_off(tmp_path, off):
+    assert used(tmp_path, LEARNAX_COMPILATION_CACHE=off) == ["None", "None"]
+    assert not (tmp_path / "caches").exists()
+
+
+def test_the_variable_moves_it_and_the_argument_moves_it_again(tmp_path):
+    moved, asked = tmp_path / "moved" / "deep", tmp_path / "asked"
+    assert used(tmp_path, LEARNAX_COMPILATION_CACHE=str(moved)) == [str(moved)] * 2
+    assert stat.S_IMODE(moved.stat().st_mode) == 0o700
+    assert used(tmp_path, "True", LEARNAX_COMPILATION_CACHE=str(moved)) == [str(moved)] * 2
+    assert used(tmp_path, repr(str(asked)), LEARNAX_COMPILATION_CACHE=str(moved)) == [str(asked)] * 2
+    assert stat.S_IMODE(asked.stat().st_mode) == 0o700
+    assert not (tmp_path / "caches").exists()
+
+
+def test_false_leaves_everything_as_it_is(tmp_path):
+    theirs = str(tmp_path / "theirs")
+    assert used(tmp_path, "False") == ["None", "None"]
+    assert used(tmp_path, "False", JAX_COMPILATION_CACHE_DIR=theirs) == ["None", theirs]
+    assert not (tmp_path / "caches").exists()
+
+
+def test_a_cache_that_the_user_gave_to_jax_stays(tmp_path):
+    theirs = str(tmp_path / "theirs")
+    kept = "print(jax.config.jax_persistent_cache_min_compile_time_secs)"
+    assert used(tmp_path, prepare=kept, JAX_COMPILATION_CACHE_DIR=theirs) == ["1.0", theirs, theirs]
+    configured = f"jax.config.update('jax_compilation_cache_dir', {theirs!r})"
+    assert used(tmp_path, "True", prepare=configured) == [theirs, theirs]
+    assert not (tmp_path / "caches").exists()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path, mode):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    source = f"from tests.helpers import make_trainer; make_trainer(compilation_cache={str(folder)!r})"
+    result = run_script(source, tmp_path, env=CLEAN, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"PermissionError: the compilation cache {folder} must be its user's alone: it is owned by user {os.getuid()} "
+        f"with mode {stat.filemode(stat.S_IFDIR | mode)}; cached programs are code. Choose another folder, or "
+        "`chmod go-w` it"
+    )
+    assert not list(folder.iterdir())
+
+
+def test_a_default_folder_that_others_may_write_to_is_not_used(tmp_path):
+    folder, _ = used(tmp_path)
+    os.chmod(folder, 0o777)
+    line = (
+        f"no compilation cache: the compilation cache {folder} must be its user's alone: it is owned by user "
+        f"{os.getuid()} with mode drwxrwxrwx; cached programs are code. Choose another folder, or `chmod go-w` it"
+    )
+    assert used(tmp_path) == ["None", "None", line]
+
+
+def refused(tmp_path, folder, change=""):
+    """What is said when a folder is asked for, in a process whose user may change once all is imported."""
+    source = f"""
+import os
+import learnax.cache
+{change}
+try:
+    learnax.cache.use_cache({str(folder)!r})
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+    return run_script(source, tmp_path, env=CLEAN).stdout
+
+
+def test_a_folder_that_cannot_be_made_is_said_where_it_was_asked_for_and_is_none_by_default(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert refused(tmp_path, file / "cache") == f"NotADirectoryError [Errno 20] Not a directory: '{file / 'cache'}'\n"
+    folder, configured, line = used(tmp_path, XDG_CACHE_HOME=str(file))
+    assert (folder, configured) == ("None", "None")
+    assert line.startswith("no compilation cache: [Errno 20] Not a directory: ")
+
+
+@pytest.fixture
+def elsewhere():
+    """A folder that another user can reach."""
+    folder = Path(tempfile.mkdtemp(prefix="learnax-tests-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, elsewhere):
+    elsewhere.chmod(0o500)
+    change = ""
+    if os.getuid() == 0:  # who may write anywhere
+        os.chown(elsewhere, 65534, -1)
+        change = "os.setuid(65534)"
+    assert refused(tmp_path, elsewhere, change) == (
+        f"PermissionError the compilation cache {elsewhere} cannot be written to\n"
+    )
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(tmp_path, elsewhere):
+    os.chown(elsewhere, 65534, -1)
+    assert refused(tmp_path, elsewhere) == (
+        f"PermissionError the compilation cache {elsewhere} must be its user's alone: it is owned by user 65534 with "
+        "mode drwx------; cached programs are code. Choose another folder, or `chmod go-w` it\n"
+    )
+
+
+TWO = """
+from pathlib import Path
+from tests.helpers import MLP, make_trainer
+for name, width in (("one", 16), ("two", 24)):
+    make_trainer(model=MLP(width), compilation_cache=name, compile=True)
+    print(name, sorted({path.name.split("-")[0] for path in Path(name).glob("*-cache")}))
+"""
+
+
+def test_a_trainer_that_asks_for_another_folder_gets_it(tmp_path):
+    shown = run_script(TWO, tmp_path, env=CLEAN).stdout.splitlines()
+    assert [line.split(" ", 1)[0] for line in shown] == ["one", "two"]
+    assert all("'jit_train_many'" in line for line in shown)
+
+
+OFF_AGAIN = """
+import jax
+from tests.helpers import make_trainer
+for asked in ("one", False, None, True, False):
+    make_trainer(compilation_cache=asked)
+    folder = jax.config.jax_compilation_cache_dir
+    print(folder and folder.rsplit("/", 1)[-1].split("-")[0])
+"""
+
+
+def test_a_trainer_that_asks_for_none_has_none_whatever_an_earlier_one_asked_for(tmp_path):
+    shown = run_script(OFF_AGAIN, tmp_path, env=CLEAN | {"XDG_CACHE_HOME": str(tmp_path / "caches")}).stdout
+    assert shown.splitlines() == ["one", "None", "programs", "programs", "None"]
