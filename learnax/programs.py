@@ -39,7 +39,7 @@ class Programs:
         self._evaluate = Kind(
             "evaluate",
             functools.partial(evaluate_many, recipe, room),
-            (SAME, SAME, SAME, BATCHES, SAME, SAME, SAME),
+            (SAME, SAME, SAME, BATCHES, SAME, SAME),
             (SAME, SAME),
         )
         # Nothing is donated: the caller's state stays usable.
@@ -118,4 +118,4 @@ class Programs:
         self, state: TrainState, seq: jax.Array, batches: PyTree, count: int, size: int
     ) -> tuple[Any, ...]:
         scalar = self._engine.scalar
-        return state.params, state.step, seq, batches, scalar(0), scalar(count), scalar(size)
+        return state.params, state.step, seq, batches, scalar(count), scalar(size)

@@ -271,21 +271,20 @@ def evaluate_many(
     step: jax.Array,
     seq: jax.Array,
     batches: PyTree,
-    start: jax.Array,
     count: jax.Array,
     size: jax.Array,
 ) -> tuple[jax.Array, Scalars]:
-    """`evaluate` for `count` batches from `start` on, 1 to `room`; a row of sums for each."""
+    """`evaluate` for the first `count` of n batches, 1 to `room`; a row of sums for each."""
     one = jax.jit(functools.partial(evaluate, recipe), inline=True)
     if room == 1:
-        seq, row = one(params, step, seq, batches, start, size)
+        seq, row = one(params, step, seq, batches, jnp.int32(0), size)
         return seq, Scalars(row.names, row.values[None])
-    row = jax.eval_shape(one, params, step, seq, batches, start, size)[1]
+    row = jax.eval_shape(one, params, step, seq, batches, jnp.int32(0), size)[1]
     rows = jnp.zeros((room, len(row.names)), row.values.dtype)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         seq, rows = carry
-        seq, row = one(params, step, seq, batches, start + i, size)
+        seq, row = one(params, step, seq, batches, i, size)
         return seq, jax.lax.dynamic_update_index_in_dim(rows, row.values, i, 0)
 
     seq, rows = jax.lax.fori_loop(0, count, body, (seq, rows))

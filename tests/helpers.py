@@ -1,5 +1,6 @@
 """Small models and data that many tests train on."""
 
+import math
 import os
 import subprocess
 import sys
@@ -31,6 +32,28 @@ class Squared(LossFunction):
     def _call(self, output, batch):
         error = jnp.mean((output - batch[1]) ** 2)
         return output, error, {"rmse": jnp.sqrt(error)}
+
+
+class Poisonable(LossFunction):
+    """A target that begins with 7 has a finite loss, and a gradient of NaN."""
+
+    def _call(self, output, batch):
+        alive = jnp.where(batch[1][0] == 7, 0.0, 1.0)
+        return output, jnp.sqrt(alive * jnp.sum((output - batch[1]) ** 2)), {}
+
+
+class StopAt:
+    """An action that is Ctrl-C, once, right after a step."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def next_due(self, step):
+        return self._step if step < self._step else math.inf
+
+    def __call__(self, moment):
+        self._step = 0
+        raise KeyboardInterrupt
 
 
 def make_data(n, seed=0):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from learnax.loss import LossFunction, LossPipe
-from tests.helpers import MemoryRun, assert_trees_close, assert_trees_equal, make_data, make_trainer
+from learnax.loss import LossPipe
+from tests.helpers import MemoryRun, Poisonable, StopAt, assert_trees_close, assert_trees_equal, make_data, make_trainer
 
 DATA = make_data(32 * 6 + 20, seed=3)
 
@@ -127,14 +127,6 @@ def test_a_number_of_batches_that_is_none(value, error, text):
         make(accumulate_steps=value)
 
 
-class Poisonable(LossFunction):
-    """A target that begins with 7 has a finite loss, and a gradient of NaN."""
-
-    def _call(self, output, batch):
-        alive = jnp.where(batch[1][0] == 7, 0.0, 1.0)
-        return output, jnp.sqrt(alive * jnp.sum((output - batch[1]) ** 2)), {}
-
-
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_nan_in_one_of_the_batches_drops_the_whole_update(count, caplog):
     data = make_data(192, seed=3)
@@ -163,20 +155,6 @@ def test_accumulated_updates_have_the_same_bits_however_they_are_cut():
     assert_same_run(saved, uncut)
     assert len(calls) == 4
     assert_same_run(trained(train_dataset=Streamed(), **options), uncut)
-
-
-class StopAt:
-    """An action that is Ctrl-C, once, right after a step."""
-
-    def __init__(self, step):
-        self._step = step
-
-    def next_due(self, step):
-        return self._step if step < self._step else float("inf")
-
-    def __call__(self, moment):
-        self._step = 0
-        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("again", ["a new trainer", "the same trainer"])

@@ -6,12 +6,20 @@ import re
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from learnax.loss import LossFunction, LossPipe
-from tests.helpers import MemoryRun, assert_trees_close, assert_trees_equal, host, make_data, make_trainer
+from learnax.loss import LossPipe
+from tests.helpers import (
+    MemoryRun,
+    Poisonable,
+    StopAt,
+    assert_trees_close,
+    assert_trees_equal,
+    host,
+    make_data,
+    make_trainer,
+)
 
 EPOCH = 19
 """Steps of an epoch here: a whole block of 16 and a tail, four of 4 and a tail."""
@@ -44,14 +52,6 @@ class Attention(nn.Module):
         return nn.Dense(3)(x.mean(0))
 
 
-class Poisonable(LossFunction):
-    """A target that begins with 7 has a finite loss, and a gradient of NaN."""
-
-    def _call(self, output, batch):
-        alive = jnp.where(batch[1][0] == 7, 0.0, 1.0)
-        return output, jnp.sqrt(alive * jnp.sum((output - batch[1]) ** 2)), {}
-
-
 class Streamed:
     """A dataset that is no list: it is read again in each epoch."""
 
@@ -63,20 +63,6 @@ class Streamed:
 
     def __getitem__(self, index):
         return self.data[index]
-
-
-class StopAt:
-    """An action that is Ctrl-C, once, right after a step."""
-
-    def __init__(self, step):
-        self._step = step
-
-    def next_due(self, step):
-        return self._step if step < self._step else math.inf
-
-    def __call__(self, moment):
-        self._step = 0
-        raise KeyboardInterrupt
 
 
 DATA = make_data(8 * EPOCH + 3, seed=5)

@@ -1,7 +1,6 @@
 """A run that was stopped goes on as if it had not been; what it asks to load is what it gets."""
 
 import logging
-import math
 
 import flax.linen as nn
 import jax
@@ -11,9 +10,9 @@ import optax
 import pytest
 
 from learnax.checkpoint import Checkpointer
-from learnax.loss import LossFunction, LossPipe
+from learnax.loss import LossPipe
 from learnax.registry import Registry
-from tests.helpers import MLP, MemoryRun, assert_trees_equal, host, make_data, make_trainer
+from tests.helpers import MLP, MemoryRun, Poisonable, StopAt, assert_trees_equal, host, make_data, make_trainer
 
 STEPS, EPOCHS = 5, 3
 """Steps of an epoch, and epochs, of the runs here."""
@@ -27,28 +26,6 @@ class Noisy(nn.Module):
     def __call__(self, x, y=None):
         x = x + 0.1 * jax.random.normal(self.make_rng("params"), x.shape)
         return nn.Dense(3)(nn.Dropout(0.25, deterministic=False)(nn.relu(nn.Dense(16)(x))))
-
-
-class Poisonable(LossFunction):
-    """A target that begins with 7 has a finite loss, and a gradient of NaN."""
-
-    def _call(self, output, batch):
-        alive = jnp.where(batch[1][0] == 7, 0.0, 1.0)
-        return output, jnp.sqrt(alive * jnp.sum((output - batch[1]) ** 2)), {}
-
-
-class StopAt:
-    """An action that is Ctrl-C, once, right after a step."""
-
-    def __init__(self, step):
-        self._step = step
-
-    def next_due(self, step):
-        return self._step if step < self._step else math.inf
-
-    def __call__(self, moment):
-        self._step = 0
-        raise KeyboardInterrupt
 
 
 def make(**overrides):
