@@ -60,8 +60,9 @@ def use_cache(asked: str | os.PathLike[str] | bool | None) -> Path | None:
         reset_cache()  # JAX opens its cache once, and would go on with that of the folder before
     jax.config.update("jax_compilation_cache_dir", str(folder))
     _ours = str(folder)
-    # JAX keeps what took a second to compile; the programs of a small model take less, and are as welcome.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # JAX keeps what took a second to compile. All is kept here: with a clock to decide, two starts would keep different
+    # programs, and those of a small model are as welcome.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
 
