@@ -17,7 +17,7 @@ ROOMS = [
     ["run"],
     ["log", "engine", "checkpoint", "data", "plan"],
     ["step"],
-    ["state", "loss"],
+    ["state", "loss", "packing"],
     ["metrics", "utils", "profiling", "sender", "cache", "clock"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

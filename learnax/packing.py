@@ -1,0 +1,93 @@
+"""Small leaves of a tree side by side in one vector.
+
+A model has many small parameters, and each costs an operation of its own wherever something is done to
+all: a norm, a mean over the devices, an update. Measured on a 2-core CPU, MLP of width 128, 16 steps in a
+dispatch: the norm of each of six gradients took 20 to 30 µs a step leaf by leaf and 4 packed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from learnax.utils import PyTree, leaves_by_path
+
+SMALL = 1 << 16
+"""Elements of the largest leaf that is packed: what costs more to copy than to treat alone is left alone."""
+ROW = 128
+"""Elements that a leaf in the vector is filled up to a multiple of, with zeros."""
+
+
+class Packing:
+    """How trees of one structure are packed.
+
+    A packed tree is a list: the vector, float32, of the small float32 leaves, then each other leaf. It is a
+    tree itself, for optimisers that treat each element alone to work on.
+
+    Args:
+        like: a tree of parameters, or its shapes.
+        moments: whether an optimiser's moments are packed, too.
+    """
+
+    def __init__(self, like: PyTree, *, moments: bool = False):
+        self.moments = moments
+        leaves = leaves_by_path(like)
+        self.paths = list(leaves)
+        self._structure = jax.tree.structure(like)
+        self._shapes = [leaf.shape for leaf in leaves.values()]
+        self._small = [leaf.dtype == jnp.float32 and 0 < leaf.size <= SMALL for leaf in leaves.values()]
+
+    def pack(self, tree: PyTree) -> list[jax.Array]:
+        """A tree, packed."""
+        leaves = jax.tree.leaves(tree)
+        parts = [leaf.reshape(-1) for leaf, small in zip(leaves, self._small, strict=True) if small]
+        large = [leaf for leaf, small in zip(leaves, self._small, strict=True) if not small]
+        return [jnp.concatenate([jnp.pad(part, (0, -part.size % ROW)) for part in parts] or [jnp.zeros(0)]), *large]
+
+    def unpack(self, packed: list[jax.Array]) -> PyTree:
+        """The inverse of `pack`."""
+        vector, large = packed[0], iter(packed[1:])
+        leaves, start = [], 0
+        for shape, small in zip(self._shapes, self._small, strict=True):
+            size = math.prod(shape)
+            leaves.append(vector[start : start + size].reshape(shape) if small else next(large))
+            start += (size + -size % ROW) * small
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def pack_moments(self, opt_state: PyTree) -> PyTree:
+        """An optimiser's state in which all that is shaped like the parameters is packed."""
+        if not self.moments:
+            return opt_state
+        return jax.tree.map(
+            lambda part: self.pack(part) if self._is_known(part) else part, opt_state, is_leaf=self._is_known
+        )
+
+    def unpack_moments(self, packed: PyTree, like: PyTree) -> PyTree:
+        """The inverse of `pack_moments`; `like` is the state before it."""
+        if not self.moments:
+            return packed
+        return jax.tree.map(
+            lambda known, part: self.unpack(part) if self._is_known(known) else part,
+            like,
+            packed,
+            is_leaf=self._is_known,
+        )
+
+    def squares(self, packed: list[jax.Array]) -> jax.Array:
+        """The sum of the squares of each leaf, float32, `(len(paths),)`: what is not finite in one is in no other."""
+        rows = jnp.sum(jnp.square(packed[0]).reshape(-1, ROW), axis=1)
+        counts = [-(-math.prod(shape) // ROW) for shape, small in zip(self._shapes, self._small, strict=True) if small]
+        most, start, each = max(counts, default=0), 0, []
+        for count in counts:
+            each.append(jnp.pad(rows[start : start + count], (0, most - count)))
+            start += count
+        small = iter(jnp.sum(jnp.stack(each), axis=1)) if each else iter(())
+        large = iter(jnp.sum(jnp.square(jnp.abs(leaf).astype(jnp.float32))) for leaf in packed[1:])
+        sums = [next(small) if is_small else next(large) for is_small in self._small]
+        return jnp.stack(sums) if sums else jnp.zeros(0)
+
+    def _is_known(self, tree: Any) -> bool:
+        return jax.tree.structure(tree) == self._structure
