@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections import deque
@@ -19,6 +20,10 @@ from learnax.step import Scalars
 T = TypeVar("T")
 
 _logger = logging.getLogger("learnax")
+_BULK = 16
+"""Dispatches whose scalars are read together: reading costs as much for one as for all of them."""
+_BULK_S = 0.1
+"""Seconds after which they are read, however few there are: a slow step's metrics do not wait for another's."""
 _REFRESH_S = 0.2
 """Seconds between two looks of the progress bar at the metrics."""
 _NAN_LINES = 10
@@ -67,11 +72,12 @@ class _Rows(NamedTuple):
 class Log:
     """Keeps a run's metrics.
 
-    A dispatch's scalars are read when `in_flight` later ones have been made: by then they are there.
+    A dispatch's scalars are read when `in_flight` later ones have been made: by then they are there. Where
+    dispatches are quick, several are read at once.
 
     Args:
         run: where metrics go: anything with `log(dict)`, or None.
-        in_flight: dispatches whose scalars may be unread when another one is made.
+        in_flight: dispatches that may be unfinished when another one is made.
         steps: training steps of the whole run, for the progress bar.
     """
 
@@ -82,9 +88,10 @@ class Log:
         self._in_flight = in_flight
         self._steps = steps
         self._pending: deque[_Steps] = deque()
+        self._done = 0
         self._on_their_way = 0
         self._bar: Any = None
-        self._waited = self._began = self._last_push = self._last_look = 0.0
+        self._waited = self._began = self._last_push = self._last_read = self._last_look = 0.0
         self._dropped = self._written = 0
         self._sent: set[str] = set()
 
@@ -97,7 +104,8 @@ class Log:
     def session(self, done: int) -> Iterator[None]:
         """Shows a progress bar inside, and leaves with everything written; `done` steps were made before."""
         self._bar = _bar(self._steps, done)
-        self._waited, self._began, self._written = 0.0, time.perf_counter(), 0
+        self._began = self._last_read = time.perf_counter()
+        self._waited, self._written = 0.0, 0
         try:
             yield
         finally:
@@ -124,9 +132,12 @@ class Log:
             yield item
 
     def wait_for_room(self) -> None:
-        """Waits until no more than `in_flight` dispatches are on their way, and keeps the metrics of the others."""
-        while len(self._pending) > self._in_flight:
-            self._keep_rows(self._read())
+        """Waits until no more than `in_flight` dispatches are unfinished; keeps the metrics of the others, in bulk."""
+        while len(self._pending) - self._done > self._in_flight:
+            self._pending[self._done].scalars.values.block_until_ready()
+            self._done += 1
+        if self._done >= _BULK or (self._done and time.perf_counter() - self._last_read > _BULK_S):
+            self._keep_first(self._done)
 
     def push(self, scalars: Scalars, count: int, epoch: int) -> None:
         """Takes the scalars of `count` dispatched training steps."""
@@ -138,15 +149,13 @@ class Log:
 
     def drain(self) -> None:
         """Waits for the steps in flight and keeps their metrics."""
-        while self._pending:
-            self._keep_rows(self._read())
+        self._keep_first(len(self._pending))
 
     @contextlib.contextmanager
     def newest(self) -> Iterator[dict[str, float]]:
         """Waits for the steps in flight, and holds the newest one's metrics open to be added to."""
-        while len(self._pending) > 1:
-            self._keep_rows(self._read())
-        rows = self._read()
+        self._keep_first(len(self._pending) - 1)
+        rows = self._read(1)
         earlier, last = rows.part(slice(-1)), rows.part(slice(-1, None))
         values = dict(zip(last.names, last.values[0].tolist(), strict=True))
         try:
@@ -205,17 +214,30 @@ class Log:
         if self._bar is not None:
             self._bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
 
-    def _read(self) -> _Rows:
-        dispatch = self._pending.popleft()
-        self._on_their_way -= dispatch.steps
-        names, values = dispatch.scalars.names, np.asarray(dispatch.scalars.values)[: dispatch.steps]
+    def _keep_first(self, dispatches: int) -> None:
+        while dispatches > 0:
+            names = self._pending[0].scalars.names
+            alike = itertools.takewhile(lambda dispatch: dispatch.scalars.names == names, self._pending)  # noqa: B023
+            some = min(dispatches, sum(1 for _ in alike))
+            self._keep_rows(self._read(some))
+            dispatches -= some
+
+    def _read(self, count: int) -> _Rows:
+        """Takes the first dispatches, of the same names, off the device."""
+        dispatches = [self._pending.popleft() for _ in range(count)]
+        self._done = max(self._done - count, 0)
+        self._last_read = time.perf_counter()
+        names, epoch = dispatches[0].scalars.names, dispatches[0].epoch
+        values = np.concatenate([np.asarray(dispatch.scalars.values)[: dispatch.steps] for dispatch in dispatches])
+        self._on_their_way -= len(values)
         dropped = values[:, names.index("has_nan")]
         steps = (self.step + np.cumsum(dropped == 0)).tolist()
         for row in np.flatnonzero(dropped):
             self._tell_dropped(steps[row] + 1, dict(zip(names, values[row].tolist(), strict=True)))
         self.step = steps[-1]
-        seconds = np.full((dispatch.steps, 1), dispatch.seconds / dispatch.steps, values.dtype)
-        return _Rows((*names, "update_time"), np.hstack([values, seconds]), steps, dispatch.epoch)
+        seconds = [dispatch.seconds / dispatch.steps for dispatch in dispatches for _ in range(dispatch.steps)]
+        values = np.column_stack([values, np.asarray(seconds, values.dtype)])
+        return _Rows((*names, "update_time"), values, steps, epoch)
 
     def _keep_rows(self, rows: _Rows, more: Mapping[str, float] = MappingProxyType({})) -> None:
         for name, column in zip(rows.names, rows.values.T.tolist(), strict=True):

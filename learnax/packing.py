@@ -33,8 +33,8 @@ class Packing:
     """
 
     def __init__(self, like: PyTree, *, moments: bool = False):
-        self.moments = moments
         leaves = leaves_by_path(like)
+        self.moments = moments and bool(leaves)
         self.paths = list(leaves)
         self._structure = jax.tree.structure(like)
         self._shapes = [leaf.shape for leaf in leaves.values()]
@@ -90,4 +90,5 @@ class Packing:
         return jnp.stack(sums) if sums else jnp.zeros(0)
 
     def _is_known(self, tree: Any) -> bool:
-        return jax.tree.structure(tree) == self._structure
+        structure: Any = jax.tree.structure(tree)
+        return bool(structure == self._structure)

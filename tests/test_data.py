@@ -195,7 +195,8 @@ def test_the_next_batch_is_read_while_the_step_runs():
     assert any(running[1:])
 
 
-def test_a_batch_is_read_after_the_step_before_it_was_dispatched_and_metrics_come_late():
+def test_a_batch_is_read_after_the_step_before_it_was_dispatched_and_metrics_come_late(monkeypatch):
+    monkeypatch.setattr("learnax.log._BULK", 1)
     history = []
 
     class Watching(Recorded):

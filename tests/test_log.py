@@ -100,16 +100,31 @@ def scalars(names, rows):
 
 
 @pytest.mark.parametrize("in_flight", [0, 2])
-def test_scalars_are_read_when_later_steps_are_under_way(in_flight):
-    log = Log(None, in_flight, 5)
-    for step in range(5):
-        log.wait_for_room()
-        assert len(log.metrics.get("train/loss", [])) == max(0, step - in_flight)
-        log.push(scalars(("loss", "has_nan"), [[step, 0]]), 1, 0)
-        assert log.step_at_most == step + 1
+@pytest.mark.parametrize(("bulk", "seconds"), [(1, 1e9), (3, 1e9), (100, 0)])
+def test_scalars_are_read_in_bulk_when_later_steps_are_under_way(in_flight, bulk, seconds, monkeypatch):
+    monkeypatch.setattr("learnax.log._BULK", bulk)
+    monkeypatch.setattr("learnax.log._BULK_S", seconds)
+    log = Log(None, in_flight, 8)
+    with log.session(0):
+        for step in range(8):
+            log.wait_for_room()
+            done = max(0, step - in_flight)
+            assert len(log.metrics.get("train/loss", [])) == (done if seconds == 0 else done - done % bulk)
+            log.push(scalars(("loss", "has_nan"), [[step, 0]]), 1, 0)
+            assert log.step_at_most == step + 1
+        log.drain()
+    assert log.metrics["train/loss"] == list(range(8))
+    assert log.step == 8
+
+
+def test_dispatches_with_other_metrics_are_not_mixed_up():
+    log = Log(None, 10, 4)
+    for step, name in enumerate(["a", "a", "b", "a"]):
+        log.push(scalars(("loss", name, "has_nan"), [[step, 10 * step, 0]]), 1, 0)
     log.drain()
-    assert log.metrics["train/loss"] == [0, 1, 2, 3, 4]
-    assert log.step == 5
+    assert log.metrics["train/loss"] == [0, 1, 2, 3]
+    assert log.metrics["train/a"] == [0, 10, 30]
+    assert log.metrics["train/b"] == [20]
 
 
 def test_steps_count_but_for_dropped_ones_however_they_are_dispatched():

@@ -120,11 +120,31 @@ def test_there_are_no_more_workers_than_batches(make_loader):
     assert len(workers()) == 2
 
 
-def test_the_data_themselves_come_back_strings_and_all(make_loader):
-    loader = make_loader(Molecules(4), 1)
-    seen = [datum for data in loader._reader.read(0) for datum in data]
-    assert [type(datum) for datum in seen] == [Molecule] * 4
-    assert [datum.name for datum in seen] == [f"molecule {i}" for i in range(4)]
+def test_a_worker_stacks_what_it_knows_and_sends_on_what_it_does_not(make_loader):
+    def fails(indices, data):
+        raise AssertionError("stacked here")
+
+    plain = [[np.full(3, i, np.float32), i, f"datum {i}", {"none": None, "pair": (1.5 * i, True)}] for i in range(8)]
+    loader = make_loader(plain, 1)
+    expected = rows(make_loader(plain, 0))
+    loader._reader._collate = fails
+    assert_rows_equal(rows(loader), expected)
+
+    @jax.tree_util.register_dataclass  # of a class that travels by value, a worker has no registration
+    @dataclasses.dataclass
+    class Point:
+        x: np.ndarray
+
+    loader = make_loader(make_dataset(lambda index: [Point(np.float32(index))]), 1)
+    loader._reader._collate = fails
+    with pytest.raises(AssertionError, match="stacked here"):
+        rows(loader)
+
+
+def test_a_worker_stacks_in_the_precision_of_this_process(make_loader):
+    with jax.enable_x64(True):
+        (batch, _), *_ = rows(make_loader([[np.float64(i), i] for i in range(4)], 1))
+    assert [leaf.dtype for leaf in batch] == [np.float64, np.int64]
 
 
 @pytest.mark.parametrize(
@@ -159,12 +179,15 @@ def test_data_are_of_the_very_classes_that_are_here(make_loader):
 
         @classmethod
         def tree_unflatten(cls, name, children):
-            return cls(*children, name)
+            made = object.__new__(cls)
+            (made.x,), made.name = children, name
+            return made
 
     make = Local.__init__
     loader = make_loader(make_dataset(lambda index: Local(np.full(2, index), "local")), 1)
     Local.made = -1
-    seen = [datum for data in loader._reader.read(0) for datum in data]
+    seen = [batch[0] for batch in loader._reader.read(0)]
+    assert len(seen) == 4
     assert {type(datum) for datum in seen} == {Local}
     assert {type(datum.name) for datum in seen} == {Local.Name}
     assert Local.made == -1

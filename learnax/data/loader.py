@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from learnax.data.batch import Block, signature_of, stack_batches, stack_on_host
-from learnax.data.reading import Here, Reader
+from learnax.data.reading import Collate, Here, Reader, read_item
 from learnax.utils import PyTree, describe
 
 
@@ -54,12 +54,13 @@ class Loader:
         size = len(dataset)
         stop = size if tail else size - size % (batch_size * group)
         self._ranges = [range(start, min(start + batch_size, size)) for start in range(0, stop, batch_size)]
-        self._reader: Reader = Here(name, dataset, self._ranges)
+        self._collate = Collate(name, batch_size)
+        self._reader: Reader = Here(name, dataset, self._ranges, self._collate)
         self._workers = num_workers
         if num_workers:
             from learnax.data.workers import Workers
 
-            self._reader = Workers(name, dataset, self._ranges, num_workers)
+            self._reader = Workers(name, dataset, self._ranges, self._collate, num_workers)
         self._budget = budget if type(dataset) in (list, tuple) else 0
         self._resident: list[Block] = []
 
@@ -101,8 +102,8 @@ class Loader:
     def first(self, *, repeat_datum: bool) -> list[Any]:
         """The first batch, read here; or one of its first datum alone, repeated."""
         indices = range(1) if repeat_datum else self._ranges[0]
-        (data,) = Here(self.name, self.dataset, [indices]).read(0)
-        return self._stacked(indices, data)
+        (batch,) = Here(self.name, self.dataset, [indices], self._collate).read(0)
+        return batch
 
     def close(self) -> None:
         """Ends worker processes; a later pass starts new ones."""
@@ -113,15 +114,14 @@ class Loader:
         batches: list[list[Any]] = []
         size = 0
         try:
-            for indices, data in zip(self._ranges[start:], self._reader.read(start), strict=False):
-                batch = self._stacked(indices, data)
+            for indices, batch in zip(self._ranges[start:], self._reader.read(start), strict=False):
                 if batches and signature_of(batch) != signature_of(batches[0]):
                     if len(batches) % self._group:
                         raise ValueError(self._group_text(indices, batches[-1], batch))
                     yield self._block(batches, size)
                     batches, size = [], 0
                 batches.append(batch)
-                size += len(data)
+                size += len(indices)
                 if len(batches) == self.room:
                     yield self._block(batches, size)
                     batches, size = [], 0
@@ -138,13 +138,6 @@ class Loader:
             f"dataset {self.name!r}: the {self._group} batches of one update must be of one shape, but that of data "
             f"{indices[0]} to {indices[-1]} is\n{describe(batch)}\nand the one before it\n{describe(before)}"
         )
-
-    def _stacked(self, indices: range, data: list[Any]) -> list[Any]:
-        padding = self.batch_size - len(data)
-        try:
-            return stack_on_host([*data, *[data[-1]] * padding], [*indices, *[indices[-1]] * padding])
-        except ValueError as error:
-            raise ValueError(f"dataset {self.name!r}: {error}") from error
 
     def _block(self, batches: list[list[Any]], size: int) -> Block:
         host = stack_batches(batches, self.room)
@@ -233,6 +226,6 @@ class FirstDatum(NamedTuple):
 
 def first_datum(name: str, dataset: Any) -> FirstDatum:
     """Reads a dataset's first datum."""
-    (data,) = Here(name, dataset, [range(1)]).read(0)
-    stacked = stack_on_host(data, [0])
-    return FirstDatum(jax.tree.map(lambda leaf: leaf[0], stacked), isinstance(data[0], list))
+    datum = read_item(name, dataset, 0)
+    stacked = stack_on_host([datum], [0])
+    return FirstDatum(jax.tree.map(lambda leaf: leaf[0], stacked), isinstance(datum, list))

@@ -2,7 +2,8 @@
 
 A worker is a fresh process that does not run the user's script again: scripts need no main guard,
 and datasets may be defined in a script or a notebook cell. They travel by value (cloudpickle), and
-the data come back as bytes in shared memory, made into objects of this process's own classes.
+each batch comes back as bytes in shared memory: stacked where the worker knows how, else as its data,
+made into objects of this process's own classes and stacked here.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from learnax.data.reading import DatasetError, error_text
+from learnax.data.reading import Collate, DatasetError, error_text
 from learnax.data.sending import Classes, in_main, in_worker, to_main, to_worker
 
 AHEAD = 4
 """Batches that each worker keeps ready."""
 _PROCESS_NAME = "grain-process-prefetch-"
+_PLAIN = {np.ndarray, bool, int, float, complex, str, bytes, *np.sctypeDict.values()}
+"""Leaves that a worker stacks. Another one may be a container that only the main process has registered."""
 
 
 class WorkerError(RuntimeError):
@@ -39,15 +42,17 @@ class Workers:
         name: the split.
         dataset: what to read; each worker gets a copy.
         ranges: the indices of each batch.
+        collate: stacks a batch.
         num_workers: processes.
     """
 
-    def __init__(self, name: str, dataset: Any, ranges: Sequence[range], num_workers: int):
+    def __init__(self, name: str, dataset: Any, ranges: Sequence[range], collate: Collate, num_workers: int):
         self._name = name
         self._ranges = ranges
+        self._collate = collate
         self._num_workers = min(num_workers, len(ranges))
         _check_sendable(name, dataset)
-        self._source = _Source(name, dataset, list(ranges))
+        self._source = _Source(name, dataset, list(ranges), collate)
         self._streams: list[Any] = []  # grain's iterator, while there are processes
         self._next = 0
         # Where nobody closes this reader, its processes end with it, or with the program.
@@ -60,7 +65,7 @@ class Workers:
                 self._open(number)
             blob = self._take()
             self._next = (number + 1) % len(self._ranges)
-            yield self._unpack(blob)
+            yield self._unpack(self._ranges[number], blob)
 
     def close(self) -> None:
         """Ends the processes; a later pass starts new ones."""
@@ -87,10 +92,12 @@ class Workers:
                 "killed, and num_workers=0 reads in this process"
             ) from error
 
-    def _unpack(self, blob: np.ndarray) -> list[Any]:
+    def _unpack(self, indices: range, blob: np.ndarray) -> list[Any]:
         content = in_main(blob.tobytes(), self._source.classes)
+        if isinstance(content, _Stacked):
+            return content.batch
         if not isinstance(content, _Failure):
-            return content
+            return self._collate(indices, content)
         self.close()
         failure, cause = content.kind(content.text), content.cause(self._source.classes)
         (cause or failure).add_note(f"in a worker process:\n{content.traceback}")
@@ -119,10 +126,12 @@ class _Source:
         classes: those that this process shares with the other side.
     """
 
-    def __init__(self, name: str, dataset: Any, ranges: list[range]):
+    def __init__(self, name: str, dataset: Any, ranges: list[range], collate: Collate):
         self._name = name
         self._dataset = dataset
         self._ranges = ranges
+        self._collate = collate
+        self._x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
         self._sent = b""
         self.classes: Classes = {}
 
@@ -146,10 +155,11 @@ class _Source:
     def __repr__(self) -> str:
         return f"_Source({len(self)} batches)"
 
-    def _read(self, indices: range) -> list[Any] | _Failure:
+    def _read(self, indices: range) -> list[Any] | _Stacked | _Failure:
         # An exit in the user's code must not end the worker in silence, hence BaseException.
         try:
             if self._sent:
+                jax.config.update("jax_enable_x64", self._x64)  # it decides the dtypes of what is stacked
                 (self._dataset, self.classes), self._sent = in_worker(self._sent), b""
         except BaseException as error:
             what = "it cannot be made again in a worker process"
@@ -160,6 +170,9 @@ class _Source:
                 data.append(self._dataset[index])
         except BaseException as error:
             return self._failure(error, DatasetError, error_text(self._name, index, error))
+        if all(type(leaf) in _PLAIN for leaf in jax.tree.leaves(data)):
+            with contextlib.suppress(ValueError):  # raised again where the data are stacked next
+                return _Stacked(self._collate(indices, data))
         return data
 
     def _text(self, what: str, error: BaseException) -> str:
@@ -170,6 +183,13 @@ class _Source:
         with contextlib.suppress(Exception):
             pickled = to_main(error, self.classes)
         return _Failure(kind, text, traceback.format_exc(), pickled)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stacked:
+    """What a worker sends: a whole batch."""
+
+    batch: list[Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,91 @@
+"""Small leaves packed into one vector come back as they were, and are measured as one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from learnax.packing import ROW, SMALL, Packing
+from learnax.state import adam
+
+SHAPES = {
+    "small": {"bias": (10,), "kernel": (7, 13), "scalar": (), "whole rows": (2, ROW), "empty": (0, 3)},
+    "large": {"kernel": (SMALL + 1,), "at the limit": (SMALL,)},
+}
+
+
+def make_tree(seed=0):
+    rng = np.random.default_rng(seed)
+    tree = jax.tree.map(
+        lambda s: jnp.array(rng.normal(size=s), jnp.float32), SHAPES, is_leaf=lambda s: type(s) is tuple
+    )
+    tree["half"] = jnp.array(rng.normal(size=5), jnp.bfloat16)
+    return tree
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_a_tree_comes_back_as_it_was():
+    tree = make_tree()
+    packing = Packing(tree)
+    packed = packing.pack(tree)
+    rows = 1 + 1 + 1 + 2 + SMALL // ROW
+    assert [leaf.shape for leaf in packed] == [(rows * ROW,), (5,), (SMALL + 1,), (0, 3)]
+    assert_same(packing.unpack(packed), tree)
+
+
+def test_squares_are_those_of_each_leaf():
+    tree = make_tree(1)
+    packing = Packing(tree)
+    squares = dict(zip(packing.paths, packing.squares(packing.pack(tree)).tolist(), strict=True))
+    assert list(squares) == [
+        "half",
+        "large/at the limit",
+        "large/kernel",
+        "small/bias",
+        "small/empty",
+        "small/kernel",
+        "small/scalar",
+        "small/whole rows",
+    ]
+    for path, leaf in zip(squares, jax.tree.leaves(tree), strict=True):
+        np.testing.assert_allclose(squares[path], np.sum(np.asarray(leaf, np.float64) ** 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_in_one_leaf_is_in_no_other(bad):
+    tree = make_tree(2)
+    tree["small"]["kernel"] = tree["small"]["kernel"].at[3, 4].set(bad)
+    packing = Packing(tree)
+    finite = dict(zip(packing.paths, np.isfinite(packing.squares(packing.pack(tree))), strict=True))
+    assert [path for path in finite if not finite[path]] == ["small/kernel"]
+
+
+def test_adam_on_packed_moments_is_adam():
+    params = make_tree(3)
+    optimizer, packing = adam(1e-2), Packing(params, moments=True)
+    with jax.numpy_dtype_promotion("standard"):
+        plain = optimizer.init(params)
+        packed = packing.pack_moments(plain)
+        assert len(jax.tree.leaves(packed)) < len(jax.tree.leaves(plain))
+        for seed in range(3):
+            grads = make_tree(10 + seed)
+            expected, plain = optimizer.update(grads, plain)
+            updates, packed = optimizer.update(packing.pack(grads), packed)
+            assert_same(packing.unpack(updates), expected)
+    assert_same(packing.unpack_moments(packed, plain), plain)
+
+
+def test_no_leaves_and_no_small_ones():
+    assert Packing({}).squares(Packing({}).pack({})).shape == (0,)
+    assert Packing({}, moments=True).pack_moments(optax.adam(1.0).init({})) == optax.adam(1.0).init({})
+    large = {"kernel": jnp.ones(SMALL + 1)}
+    packing = Packing(large)
+    assert packing.squares(packing.pack(large)).tolist() == [SMALL + 1]
+    assert_same(packing.unpack(packing.pack(large)), large)
