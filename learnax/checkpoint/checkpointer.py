@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
 import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from learnax.checkpoint import files
+from learnax.checkpoint.files import DamagedError
 from learnax.checkpoint.index import Entry, Index
-from learnax.checkpoint.trees import as_dicts, as_state
+from learnax.checkpoint.snapshot import Camera, Snapshot
+from learnax.checkpoint.trees import as_state
+from learnax.checkpoint.writer import Writer
 from learnax.state import TrainState
+from learnax.utils import leaves_by_path
 
 _logger = logging.getLogger("learnax")
-_STATE, _META = "state", "meta"
 _INDEX, _REMOVED = "index.json", "removed"
+SPARE = 2
+"""Saves that are kept for being the newest: should one be damaged on disk, there is the one before it."""
+
+
+class SaveError(RuntimeError):
+    """The last save did not succeed: its step, what happened, and the newest save there is are in the text."""
 
 
 class Checkpointer:
     """Writes and reads the checkpoints of one run: the latest, numbered ones, and the best.
 
     Each save is a folder with a number of its own, and an entry in `index.json` that says what it is.
-    A save copies the state and returns; the writing goes on in the background. An older checkpoint is
-    removed once a newer one is whole on disk, unless it is numbered or the best. Checkpoints of a past
-    that this run has left (a fresh start, a load of an older one) are moved into a folder beside, never
-    overwritten.
+    A save copies the state into memory of its own, as large as the state, and returns; a thread writes it. An
+    older checkpoint is removed once newer ones are whole on disk, unless it is numbered or the best.
+    Checkpoints of a past that this run has left (a fresh start, a load of an older one) are moved into a
+    folder beside, never overwritten.
+
+    A save that fails is told of, once for each cause, and leaves those before it as they are.
 
     Args:
         path: the folder; made at the first save.
@@ -41,6 +53,9 @@ class Checkpointer:
         keep_best_checkpoint: whether `update_best_checkpoint` does anything.
         best_metric_name: the metric that "best" is judged by.
         minimize_metric: whether smaller is better.
+
+    Attributes:
+        held: seconds that saves have held up their callers.
     """
 
     def __init__(
@@ -60,10 +75,17 @@ class Checkpointer:
         self.keep_best_checkpoint = keep_best_checkpoint
         self.best_metric_name = best_metric_name
         self.minimize_metric = minimize_metric
-        self._manager: Any = None
+        self.held = 0.0
         self._index = Index(self.path / _INDEX)
         self._leaves_behind: int | None = None
-        self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="learnax-sweeper")
+        self._writer = Writer()
+        self._camera = Camera()
+        self._history = _History()
+        self._pending: list[Entry] = []
+        self._number = -1
+        self._skipped = 0
+        self._failure: SaveError | None = None
+        self._told: set[str] = set()
 
     def should_save_latest(self, step: int) -> bool:
         """Whether the latest is saved at this step: every `save_every`."""
@@ -104,8 +126,8 @@ class Checkpointer:
         value = metrics.get(self.best_metric_name) if self.keep_best_checkpoint else None
         if value is None or math.isnan(value):
             return False
-        self._open()
-        best = self._index.best(self._numbers())
+        numbers = self._settled()
+        best = self._load_index().best(numbers)
         old = None if best is None else self._index.entries[best].best
         if old is not None and not (value < old if self.minimize_metric else value > old):
             return False
@@ -115,13 +137,22 @@ class Checkpointer:
     def maybe_save_checkpoints(
         self, state: TrainState, step: int, metrics: Mapping[str, float] | None = None, resume: Any = None
     ) -> bool:
-        """Saves what is due at this step, once where latest and numbered coincide; returns whether it saved."""
+        """Saves what is due at this step, once where latest and numbered coincide; returns whether it saved.
+
+        Where storage is slower than the cadence, so that no more saves may wait to be written, one of the latest
+        is skipped, and a numbered one where another numbered one waits; a line says so.
+        """
         if self.should_save_numbered(step):
-            self.save_checkpoint(state, step, metrics, resume)
+            entry = Entry(int(step), numbered=True)
         elif self.should_save_latest(step):
-            self.save_latest(state, step, metrics, resume)
+            entry = Entry(int(step))
         else:
             return False
+        may_be_skipped = not entry.numbered or any(other.numbered for other in self._pending)
+        if may_be_skipped and not self._writer.has_room(_size(state)):
+            self._skip(entry)
+            return False
+        self._save(state, entry, metrics, resume)
         return True
 
     def load_checkpoint(self, checkpoint: Any = -1, target: TrainState | None = None) -> dict[str, Any] | None:
@@ -136,14 +167,27 @@ class Checkpointer:
         Returns:
             A dict with `state` (numpy leaves), `step`, `time` (seconds since 1970), `number` (the save's own),
             `resume` as `save_checkpoint` got it, and `metrics` if saved; None where the latest is asked for
-            and there is none.
+            and there is none. In the place of one that is damaged, the one before it is taken, and that is told.
 
         Raises:
             FileNotFoundError: a checkpoint asked for by name is not there; those there are are named.
+            DamagedError: all that would do are damaged.
             ValueError: the checkpoint does not fit the target; the leaves that differ are named.
         """
-        number = self._resolve(checkpoint)
-        return None if number is None else self._read(number, target)
+        damage: DamagedError | None = None
+        for number in self._resolve(checkpoint):
+            try:
+                loaded = self._read(number, target)
+            except DamagedError as error:
+                damage = error
+                _logger.warning("%s", error)
+                continue
+            if damage is not None:
+                _logger.warning("the checkpoint before it is taken in its place: that of step %d", loaded["step"])
+            return loaded
+        if damage is not None:
+            raise DamagedError(f"{damage}; there is no other one that would do") from damage
+        return None
 
     def load_latest(self, target: TrainState | None = None) -> dict[str, Any] | None:
         """Reads the latest checkpoint; None where there is none."""
@@ -155,12 +199,12 @@ class Checkpointer:
 
     def list_available_checkpoints(self) -> list[str | int]:
         """What `load_checkpoint` can load: "latest" and "best" where there are such, and each step."""
-        numbers = self._numbers()
+        numbers = self._settled()
         index = self._load_index()
         names: list[str | int] = ["latest"] if numbers else []
         if index.best(numbers) is not None:
             names.append("best")
-        return [*names, *sorted({index.entries[number].step for number in numbers})]
+        return [*names, *sorted({index.entries[number].step for number in numbers if number in index.entries})]
 
     def leave_behind(self, after: int | None) -> None:
         """Tells that the run goes on from a save, or from none: later ones are of another past.
@@ -172,36 +216,45 @@ class Checkpointer:
         """
         self._leaves_behind = -1 if after is None else after
 
+    def prepare(self, state: TrainState) -> None:
+        """Gets ready for saves of such a state, in the background: the first one then holds up nobody."""
+        wanted = self._camera.wanted(_leaves(state))  # now: a step may take the arrays over
+
+        def job() -> None:
+            self._camera.prepare(wanted)
+            with contextlib.suppress(ImportError):  # told of by the save that needs it
+                files.warm_up()
+
+        self._writer.submit(job, _size(state))
+
     def wait(self) -> None:
         """Waits until everything saved is on disk.
 
         Raises:
-            Exception: what a save in the background raised.
+            SaveError: the last save did not succeed.
         """
-        if self._manager is not None:
-            self._manager.wait_until_finished()
+        self._writer.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def close(self) -> None:
-        """Waits, and lets go of orbax's threads."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
-            self._sweeper.submit(self._sweep).result()
+        """Waits, without raising, and tells what was skipped."""
+        self._writer.wait()
+        if self._skipped:
+            _logger.warning("%d save(s) in all were skipped: storage is slower than their cadence", self._skipped)
+        self._skipped = 0
 
     def _save(
         self, state: TrainState, entry: Entry, metrics: Mapping[str, float] | None, resume: Mapping[str, Any] | None
     ) -> None:
-        import orbax.checkpoint as ocp
-
-        self._open()
+        began = time.perf_counter()
+        self._writer.wait_for_room(_size(state))
         resume = resume or {}
-        history = resume.get("history", {})
-        tree = {
-            "params": as_dicts(state.params),
-            "opt_state": as_dicts(state.opt_state),
-            "step": np.asarray(state.step),
-            "history": {str(i): np.asarray(values) for i, values in enumerate(history.values())},
-            **({"rng": resume["rng"]} if "rng" in resume else {}),
+        history = self._history.arrays(resume.get("history", {}))
+        snapshot = self._camera.take(_leaves(state))
+        more = {
+            **{f"history/{number}": values for number, values in enumerate(history.values())},
+            **({"rng": np.array(resume["rng"])} if "rng" in resume else {}),
         }
         meta = {
             **entry._asdict(),
@@ -209,38 +262,85 @@ class Checkpointer:
             "metrics": {name: float(value) for name, value in metrics.items()} if metrics else None,
             "history": list(history),
             "position": resume.get("position"),
+            "script": resume.get("script"),
         }
-        # Numbered by themselves, not by their steps: a step may be saved twice, before and after a validation.
-        number = 1 + max(self._numbers(), default=-1)
-        self._index.add(number, entry)
-        self._sweeper.submit(self._sweep)
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
-        self._manager.save(number, args=args, force=True)
+        self._pending.append(entry)
+        self._writer.submit(functools.partial(self._write, entry, snapshot, more, meta), snapshot.nbytes)
+        self.held += time.perf_counter() - began
 
-    def _open(self) -> None:
-        """Makes what writing needs, at the first save."""
+    def _write(
+        self, entry: Entry, snapshot: Snapshot, more: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+    ) -> None:
+        """In the writer's thread: one save, and what is no longer wanted after it."""
+        try:
+            self._make_folder()
+            # Numbered by themselves, not by their steps: a step may be saved twice, before and after a validation.
+            self._number = 1 + max([self._number, *self._numbers()])
+            files.write(self.path / str(self._number), {**snapshot.arrays, **more}, meta)
+        except Exception as error:
+            files.remove_drafts(self.path)  # on a full disk, what is left of it would be in the way of the next
+            self._fail(entry, error)
+            return
+        finally:
+            self._pending.remove(entry)
+            self._camera.give_back(snapshot)
+        self._failure = None
+        self._index.add(self._number, entry)
+        try:
+            self._remove_old()
+        except OSError as error:
+            self._tell(error, f"old checkpoints could not be removed: {error}")
+
+    def _fail(self, entry: Entry, error: Exception) -> None:
+        whole = max(self._numbers(), default=None)
+        left = "there is no whole one yet" if whole is None else f"the newest whole one is {self.path / str(whole)}"
+        cause = f"{type(error).__name__}: {error}"
+        self._failure = SaveError(f"the checkpoint of step {entry.step} could not be saved: {cause}; {left}")
+        self._failure.__cause__ = error
+        self._tell(error, f"{self._failure}; training goes on, and the next save tries again")
+
+    def _tell(self, error: Exception, text: str) -> None:
+        """Says what went wrong, once for each cause."""
+        cause = f"{type(error).__name__} {getattr(error, 'errno', None) or _first_words(error)}"
+        if cause not in self._told:
+            self._told.add(cause)
+            _logger.warning("%s", text)
+
+    def _skip(self, entry: Entry) -> None:
+        self._skipped += 1
+        if self._skipped == 1:
+            _logger.warning(
+                "the save of step %d is skipped: the one before it is still being written; where storage is slower "
+                "than save_every or checkpoint_every, save less often",
+                entry.step,
+            )
+
+    def _make_folder(self) -> None:
         if self._leaves_behind is not None:
-            self.close()
             self._set_aside(self._leaves_behind)
             self._leaves_behind = None
-        if self._manager is None:
-            import orbax.checkpoint as ocp
-
-            options = ocp.CheckpointManagerOptions(
-                create=True,
-                cleanup_tmp_directories=True,
-                # Renamed, then removed: a kill in between leaves nothing that looks like a whole checkpoint.
-                todelete_subdir=_REMOVED,
-                preservation_policy=_Keep(self._index, self.max_checkpoints),
-            )
-            self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=_handlers(ocp))
+        if not self.path.is_dir() or self._number < 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            files.remove_drafts(self.path)
             self._sweep()
             self._load_index()
 
+    def _remove_old(self) -> None:
+        """Removes the saves that are neither among the newest nor numbered nor the best."""
+        numbers = self._numbers()
+        numbered = self._index.numbered(numbers)
+        if self.max_checkpoints is not None:
+            numbered = numbered[-self.max_checkpoints :]
+        kept = {*numbers[-SPARE:], *numbered, self._index.best(numbers)}
+        (self.path / _REMOVED).mkdir(exist_ok=True)
+        for number in numbers:
+            if number not in kept:
+                # Renamed, then removed: a kill in between leaves nothing that looks like a whole checkpoint.
+                (self.path / str(number)).rename(self.path / _REMOVED / str(number))
+        self._sweep()
+
     def _sweep(self) -> None:
-        """Deletes what orbax only moved out of the way."""
-        for entry in (self.path / _REMOVED).glob("*"):
-            shutil.rmtree(entry, ignore_errors=True)
+        shutil.rmtree(self.path / _REMOVED, ignore_errors=True)
 
     def _set_aside(self, after: int) -> None:
         numbers = [number for number in self._numbers() if number > after]
@@ -250,16 +350,23 @@ class Checkpointer:
         version = 1
         while (aside := self.path.with_name(f"{self.path.name}.{version}")).exists():
             version += 1
-        aside.mkdir()
-        for number in numbers:
-            (self.path / str(number)).rename(aside / str(number))
-        index.move_after(after, aside / _INDEX)
+        if after < 0:
+            self.path.rename(aside)  # at once: a kill leaves all of it or nothing
+            index.entries.clear()
+        else:
+            aside.mkdir()
+            for number in reversed(numbers):
+                (self.path / str(number)).rename(aside / str(number))
+            index.move_after(after, aside / _INDEX)
         _logger.warning("%d checkpoint(s) of an earlier run moved to %s", len(numbers), aside)
 
+    def _settled(self) -> list[int]:
+        """Numbers of the saves, when none is being written."""
+        self._writer.wait()
+        return self._numbers()
+
     def _numbers(self) -> list[int]:
-        """Numbers of the saves that are whole, or that are being written, oldest first."""
-        if self._manager is not None:
-            return sorted(self._manager.all_steps())
+        """Numbers of the saves that are whole, oldest first."""
         if not self.path.is_dir():
             return []
         # A save has its plain name only once it is whole: orbax writes under another and renames.
@@ -270,50 +377,38 @@ class Checkpointer:
         index = self._index.load()
         for number in self._numbers():
             if number not in index.entries:
-                index.entries[number] = self._read_entry(number)
+                with contextlib.suppress(DamagedError):  # told of where it is read
+                    meta = files.read_meta(self.path / str(number))
+                    index.entries[number] = Entry(*(meta[field] for field in Entry._fields))
         return index
 
-    def _resolve(self, checkpoint: Any) -> int | None:
-        """The number of the save that is meant; None for the latest of none."""
-        self.wait()
-        numbers = self._numbers()
+    def _resolve(self, checkpoint: Any) -> list[int]:
+        """The numbers of the saves that are meant, the one to be taken first; none where the latest of none is."""
+        numbers = self._settled()
         index = self._load_index()
-        if checkpoint == "best":
-            number = index.best(numbers)
-        elif isinstance(checkpoint, str) and (
-            not checkpoint.isdecimal() or index.at_step(int(checkpoint), numbers) is None
-        ):
-            return max(numbers, default=None)  # a run's id
-        elif checkpoint is True or checkpoint == -1:
-            return max(numbers, default=None)
-        elif isinstance(checkpoint, bool) or not (isinstance(checkpoint, str) or hasattr(checkpoint, "__index__")):
+        newest = numbers[::-1]
+        if checkpoint is True or (not isinstance(checkpoint, str) and checkpoint == -1):
+            return newest
+        if isinstance(checkpoint, bool) or not (isinstance(checkpoint, str) or hasattr(checkpoint, "__index__")):
             raise TypeError(f"load_checkpoint must be True, -1, 'best', a step or a run's id, but is {checkpoint!r}")
+        if checkpoint == "best":
+            found = [number for number in newest if number in index.entries and index.entries[number].best is not None]
+        elif isinstance(checkpoint, str) and not checkpoint.isdecimal():
+            return newest  # a run's id
         else:
-            number = index.at_step(int(checkpoint), numbers)
-        if number is None:
+            step = int(checkpoint)
+            found = [number for number in newest if number in index.entries and index.entries[number].step == step]
+            if not found and isinstance(checkpoint, str):
+                return newest  # a run's id, of digits
+        if not found:
             there = ", ".join(str(name) for name in self.list_available_checkpoints()) or "none"
             raise FileNotFoundError(f"no checkpoint {str(checkpoint)!r} in {self.path}; there are: {there}")
-        return number
-
-    def _read_entry(self, number: int) -> Entry:
-        import orbax.checkpoint as ocp
-
-        with _reader(ocp) as reader:
-            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            meta = reader.restore(self.path / str(number), args=args)[_META]
-        return Entry(*(meta[field] for field in Entry._fields))
+        return found
 
     def _read(self, number: int, target: TrainState | None) -> dict[str, Any]:
-        import orbax.checkpoint as ocp
-
         folder = self.path / str(number)
-        with _reader(ocp) as reader:
-            shapes = reader.metadata(folder).item_metadata[_STATE].tree
-            # As numpy, so that a checkpoint does not ask for the devices that it was written on.
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-            state_args, meta_args = ocp.args.PyTreeRestore(restore_args=as_numpy), ocp.args.JsonRestore()
-            read = reader.restore(folder, args=ocp.args.Composite(state=state_args, meta=meta_args))
-        tree, meta = read[_STATE], read[_META]
+        tree, meta = files.read(folder)
+        tree = {"params": {}, "opt_state": {}, **tree}  # a tree without leaves leaves no trace
         loaded = {
             "state": as_state(tree, target, folder),
             "step": meta["step"],
@@ -323,29 +418,40 @@ class Checkpointer:
         }
         if "rng" in tree:
             history = {name: tree["history"][str(i)] for i, name in enumerate(meta["history"])}
-            loaded["resume"] = {"rng": tree["rng"], "position": meta["position"], "history": history}
+            rest = {"position": meta["position"], **({"script": meta["script"]} if meta["script"] else {})}
+            loaded["resume"] = {"rng": tree["rng"], **rest, "history": history}
         return loaded | ({"metrics": meta["metrics"]} if meta["metrics"] else {})
 
 
-class _Keep:
-    """orbax's question "which of these stay?", answered: the newest, the numbered, the best."""
+class _History:
+    """The metrics' histories as arrays: what grew since the last save is all that is looked at."""
 
-    def __init__(self, index: Index, max_checkpoints: int | None):
-        self._index = index
-        self._max_checkpoints = max_checkpoints
+    def __init__(self) -> None:
+        self._known: dict[str, np.ndarray] = {}
+        self._lengths: dict[str, int] = {}
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        numbered = self._index.numbered(steps)
-        if self._max_checkpoints is not None:
-            numbered = numbered[-self._max_checkpoints :]
-        kept = {*steps[-1:], *numbered, self._index.best(steps)}
-        return [step in kept for step in steps]
+    def arrays(self, history: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
+        """Each history up to now; what it returns holds until the next call."""
+        return {name: self._array(name, values) for name, values in history.items()}
+
+    def _array(self, name: str, values: Sequence[float]) -> np.ndarray:
+        known, begin, end = self._known.get(name, np.empty(0)), self._lengths.get(name, 0), len(values)
+        begin = begin if begin <= end else 0  # another history of this name
+        if end > len(known):
+            known = np.concatenate([known[:begin], np.empty(2 * end - begin)])
+        known[begin:end] = values[begin:end]
+        self._known[name], self._lengths[name] = known, end
+        return known[:end]
 
 
-def _reader(ocp: Any) -> Any:
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers(ocp)))
+def _leaves(state: TrainState) -> dict[str, Any]:
+    return leaves_by_path({"params": state.params, "opt_state": state.opt_state, "step": state.step})
 
 
-def _handlers(ocp: Any) -> dict[str, Any]:
-    return {_STATE: ocp.PyTreeCheckpointHandler(), _META: ocp.JsonCheckpointHandler()}
+def _size(state: TrainState) -> int:
+    return sum(getattr(leaf, "nbytes", 0) for leaf in _leaves(state).values())
+
+
+def _first_words(error: Exception) -> str:
+    """What of an error's text says its cause, without the names and numbers that differ from time to time."""
+    return " ".join(word for word in str(error).split()[:12] if word.isalpha())

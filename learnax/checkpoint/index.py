@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +27,8 @@ class Entry(NamedTuple):
 class Index:
     """The entries of a folder's saves, by their numbers; a small file beside them.
 
-    An entry is written before its save: one without a save (a kill before it was whole) is passed
-    over by those who ask, with the numbers that are on disk.
+    An entry is written after its save. The file spares reading all saves to know what they are; what it
+    lacks (a kill came in between, or the disk was full) they say themselves.
     """
 
     def __init__(self, path: Path):
@@ -42,9 +43,10 @@ class Index:
         return self
 
     def add(self, number: int, entry: Entry) -> None:
-        """Tells of a save that is about to be made."""
+        """Tells of a save."""
         self.entries[number] = entry
-        self._write(self._path)
+        with contextlib.suppress(OSError):
+            self._write(self._path)
 
     def best(self, numbers: Iterable[int]) -> int | None:
         """The best of these saves; each best one was better than those before it."""
@@ -55,10 +57,6 @@ class Index:
         newest = {self.entries[n].step: n for n in sorted(numbers) if n in self.entries and self.entries[n].numbered}
         return sorted(newest.values())
 
-    def at_step(self, step: int, numbers: Iterable[int]) -> int | None:
-        """The newest of these saves that was made at a step."""
-        return max((n for n in numbers if n in self.entries and self.entries[n].step == step), default=None)
-
     def move_after(self, number: int, path: Path) -> None:
         """Copies everything to another folder's index, and forgets what came after a save."""
         self._write(path)
@@ -68,5 +66,8 @@ class Index:
     def _write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(self.entries))
+        with draft.open("w") as file:
+            file.write(json.dumps(self.entries))
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(path)
