@@ -65,6 +65,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"max_grad must be a number above 0, but is {max_grad!r}; float('inf') never scales a gradient"
         )
+    seconds = given["max_seconds"]
+    if seconds is not None and (isinstance(seconds, (bool, str)) or not seconds > 0):
+        raise ValueError(f"max_seconds must be a number of seconds above 0, or None for no limit, but is {seconds!r}")
     optimizer = given["optimizer"]
     if optimizer is not None and not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         raise TypeError(f"optimizer must be an optax transformation, with init and update, but is {optimizer!r}")
@@ -97,6 +100,32 @@ def _check_rate(rate: Any) -> None:
     value = float(rate)
     if not 0 <= value < float("inf"):
         raise ValueError(f"learning_rate must be finite and at least 0, but is {value}")
+
+
+def check_same_script(step: int, saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Checks that a run can go on where a checkpoint was made.
+
+    Args:
+        step: of the checkpoint.
+        saved: what its position in the data depends on; None where it does not say.
+        now: the same of this script.
+
+    Raises:
+        ValueError: data would be trained on twice, or not at all; what was changed is named.
+    """
+    changed = [
+        f"{name} was {saved[name]!r} and is {value!r}"
+        for name, value in now.items()
+        if saved is not None and name in saved and saved[name] != value
+    ]
+    if changed == [line for line in changed if line.startswith("seed ")]:
+        for line in changed:
+            _logger.warning("%s: the run goes on with the random sequence of its checkpoint", line)
+        return
+    raise ValueError(
+        f"the checkpoint of step {step} was made by another script: {', '.join(changed)}. From there, data would be "
+        "trained on twice or not at all: use what was, or load_weights=True to begin anew with its parameters"
+    )
 
 
 def check_split(batch_size: int, devices: int) -> None:

@@ -166,6 +166,12 @@ class Log:
             last.values[0] = [values.pop(name) for name in last.names]
             self._keep_rows(last, values)
 
+    def abandon(self) -> None:
+        """Forgets what is on its way: nothing is waited for any more."""
+        self._pending.clear()
+        self._done = self._on_their_way = 0
+        self._sender.abandon()
+
     def flush(self) -> None:
         """Waits until the run has every row that was kept so far."""
         self._sender.flush()

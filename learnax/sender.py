@@ -24,6 +24,9 @@ class NoRun:
     def flush(self) -> None:
         """Nothing to wait for."""
 
+    def abandon(self) -> None:
+        """Nothing to forget."""
+
     def close(self) -> None:
         """Nothing to end."""
 
@@ -76,6 +79,11 @@ class Sender:
         self._wait(0)
         self._raise_stop()
 
+    def abandon(self) -> None:
+        """Forgets the rows that wait, and leaves the thread to itself."""
+        with self._changed:
+            self._give_up()
+
     def close(self) -> None:
         """`flush`, and ends the thread; says what was not taken."""
         self._wait(0)
@@ -100,9 +108,12 @@ class Sender:
                         PATIENCE_S,
                         self._behind,
                     )
-                    self._waiting.clear()
-                    self._behind = 0
-                    self._thread = None  # it may hang for ever; a later row starts another one
+                    self._give_up()
+
+    def _give_up(self) -> None:
+        self._waiting.clear()
+        self._behind = 0
+        self._thread = None  # it may hang for ever; a later row starts another one
 
     def _work(self) -> None:
         me = threading.current_thread()

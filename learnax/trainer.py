@@ -33,6 +33,7 @@ from learnax.registry import Registry
 from learnax.state import LearningRate, Position, PyTree, adam, fresh_state, key_pair, with_rate
 from learnax.state import TrainState as TrainState
 from learnax.step import Recipe, with_axis
+from learnax.stops import Stops, TimeUpError
 from learnax.utils import same_structure
 
 _logger = logging.getLogger("learnax")
@@ -92,6 +93,8 @@ class Trainer:
             keeps (`optax.inject_hyperparams`), or else what the argument `learning_rate` says.
         compilation_cache: the folder in which compiled programs outlive the process; False for none; by default
             what `LEARNAX_COMPILATION_CACHE` says (a folder or "off"), or a folder among the user's caches.
+        max_seconds: seconds that `train()` may take; after them it stops as for a signal, but returns. None for
+            no limit.
         devices: devices that a batch is split over, by default all local ones.
 
     Raises:
@@ -144,6 +147,7 @@ class Trainer:
         accumulate_steps: int = 1,
         optimizer: optax.GradientTransformation | None = None,
         compilation_cache: str | os.PathLike[str] | bool | None = None,
+        max_seconds: float | None = None,
         devices: Sequence[jax.Device] | None = None,
     ):
         began = time.perf_counter()
@@ -245,6 +249,7 @@ class Trainer:
         if self.checkpointer is not None:
             self._saves.append(StateSaver(self.checkpointer, self._resume_point))
 
+        self.stops = Stops(max_seconds)
         self.rng_seq = self.engine.put(key_pair(seed)[0], SAME)
         self.position = Position()
         self._state: TrainState | None = None
@@ -260,8 +265,13 @@ class Trainer:
     def train(self) -> Any:
         """Runs the epochs that are left, and returns the run with everything written.
 
-        A trainer that loaded a checkpoint goes on where that was made; one that was interrupted goes on
-        where it stopped.
+        A trainer that loaded a checkpoint goes on where that was made; one that was stopped, where it stopped. A
+        SIGINT or SIGTERM (a second one acts at once), `max_seconds`, and whatever is raised inside, end it after the
+        steps in flight, with the state saved and everything logged.
+
+        Raises:
+            SaveError: the last save did not succeed.
+            KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the exit status is 143 for the latter.
         """
         with self._session():
             if self.position.epoch < self.num_epochs:
@@ -288,6 +298,7 @@ class Trainer:
                 for start, count in self._dispatches(block):
                     outputs = self._train_steps(block, start, count)
                     self._act(block, start + count * self.accumulate_steps - 1, outputs)
+                    self.stops.check()
             self.log.drain()
             means = {"train": self.log.training_means(self.position.marks)}
             seq = self.rng_seq
@@ -365,6 +376,7 @@ class Trainer:
         for block in self.log.waiting(self.loaders[name].blocks()):
             seq, sums = self.programs.evaluate(self.train_state, seq, block)
             means.push(sums, len(block), block.size)
+            self.stops.check()
         return means.result(), seq
 
     def _end_epoch(self, epoch: int, means: Mapping[str, Mapping[str, float]], seq: jax.Array) -> None:
@@ -382,6 +394,19 @@ class Trainer:
         """Saves the end of the run, so that nothing of it is lost between two saves."""
         if self.checkpointer is not None:
             self.checkpointer.save_latest(self.train_state, self.log.step, None, self._resume_point())
+            self.checkpointer.wait()
+
+    def _save_stopped(self, why: BaseException) -> None:
+        """Saves a run that is about to end before its time."""
+        try:
+            self.log.drain()
+            self._save_last()
+        except Exception as error:
+            _logger.warning("stopped at step %d; the state could not be saved: %s", self.log.step, error)
+        else:
+            saved = "" if self.checkpointer is None else ", and saved: load_checkpoint=True goes on from here"
+            reason = self.stops.reason or f"{type(why).__name__}: {why}".removesuffix(": ")
+            _logger.warning("stopped at step %d by %s%s", self.log.step, reason, saved)
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:
@@ -390,16 +415,32 @@ class Trainer:
             yield
             return
         self._running = True
+        done = self._done()
+        if self.checkpointer is not None:
+            self.checkpointer.prepare(self.train_state)
         try:
-            done = self.position.epoch * self._epoch_steps + self.position.batch // self.accumulate_steps
-            with self.log.session(done):
-                yield
+            with self.stops.watched(), self.log.session(done):
+                try:
+                    yield
+                except BaseException as error:
+                    if self._done() > done and not self.stops.at_once:
+                        self._save_stopped(error)
+                    raise
+                finally:
+                    if self.stops.at_once:
+                        self.log.abandon()
+        except TimeUpError:
+            pass
         finally:
             self._running = False
             for loader in self.loaders.values():
                 loader.close()
-            if self.checkpointer is not None:
+            if self.checkpointer is not None and not self.stops.at_once:
                 self.checkpointer.close()
+
+    def _done(self) -> int:
+        """Steps that the position in the data is at."""
+        return self.position.epoch * self._epoch_steps + self.position.batch // self.accumulate_steps
 
     @property
     def startup(self) -> dict[str, float]:
@@ -467,6 +508,7 @@ class Trainer:
         self.train_state = state
         self.log.resume(loaded["step"], resume["history"] if resume else {})
         if resume:
+            checks.check_same_script(loaded["step"], resume.get("script"), self._script())
             self.position = Position(**resume["position"])
             self.rng_seq = self.engine.put(jax.random.wrap_key_data(jnp.asarray(resume["rng"])), SAME)
         return True
@@ -477,6 +519,18 @@ class Trainer:
             "rng": np.asarray(jax.random.key_data(self.rng_seq)),
             "position": dataclasses.asdict(self.position),
             "history": self.metrics,
+            "script": self._script(),
+        }
+
+    def _script(self) -> dict[str, Any]:
+        """What a position in the data and in the random sequence depends on."""
+        return {
+            "batch_size": int(self.batch_size),
+            "accumulate_steps": int(self.accumulate_steps),
+            "len(train_dataset)": len(self.train_dataset),
+            "single_batch": bool(self.single_batch),
+            "single_datum": bool(self.single_datum),
+            "seed": int(self.seed),
         }
 
     # ---- the step, by hand

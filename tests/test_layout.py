@@ -18,7 +18,7 @@ ROOMS = [
     ["log", "engine", "checkpoint", "data", "plan"],
     ["step"],
     ["state", "loss", "packing"],
-    ["metrics", "utils", "profiling", "sender", "cache", "clock"],
+    ["metrics", "utils", "profiling", "sender", "cache", "clock", "stops"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -268,9 +268,7 @@ class Checkpointer:
         self._writer.submit(functools.partial(self._write, entry, snapshot, more, meta), snapshot.nbytes)
         self.held += time.perf_counter() - began
 
-    def _write(
-        self, entry: Entry, snapshot: Snapshot, more: Mapping[str, np.ndarray], meta: Mapping[str, Any]
-    ) -> None:
+    def _write(self, entry: Entry, snapshot: Snapshot, more: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         """In the writer's thread: one save, and what is no longer wanted after it."""
         try:
             self._make_folder()

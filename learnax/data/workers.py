@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import multiprocessing.spawn
 import os
+import signal
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
@@ -114,6 +115,8 @@ def _begin_worker(index: int, count: int) -> None:
     """In a worker, before it gets the dataset."""
     # Data that are JAX arrays must not take a share of the accelerator's memory.
     jax.config.update("jax_platforms", "cpu")
+    # Ctrl-C reaches every process of a terminal; this one ends when the main process has done with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # grain would wait for ever for the data of a worker that ended with code 0.
     worker, leave = os.getpid(), os._exit
     os._exit = lambda status: leave(status or 1 if os.getpid() == worker else status)

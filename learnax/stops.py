@@ -1,0 +1,106 @@
+"""What ends a run before its last step: a signal, or the end of the time that it was given."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+
+class TimeUpError(Exception):
+    """The time that a run was given is over."""
+
+
+class Stops:
+    """Asks a run to stop where it stands well.
+
+    The first SIGINT or SIGTERM is kept until `check` is called. A second one acts at once, as it would have
+    without this.
+
+    Args:
+        max_seconds: after which `check` raises; None for never.
+
+    Attributes:
+        at_once: whether a second signal came.
+    """
+
+    def __init__(self, max_seconds: float | None):
+        self.at_once = False
+        self._max_seconds = max_seconds
+        self._until: float | None = None
+        self._signal: int | None = None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Keeps signals inside, and leaves as they ask; time counts from here.
+
+        Only the main thread can take signals over; in another one, they act as ever. A handler of the user's own
+        is called at the end; a signal that is ignored stays so.
+        """
+        self._signal, self.at_once = None, False
+        self._until = None if self._max_seconds is None else time.monotonic() + self._max_seconds
+        handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            handlers = {number: old for number, old in handlers.items() if old not in (None, signal.SIG_IGN)}
+        for number in handlers:
+            signal.signal(number, self._keep)
+        try:
+            yield
+        except Exception as error:
+            # What goes wrong while a signal is pending, a worker that got it too for one, goes wrong because of it.
+            if self._signal is None:
+                raise
+            raise self._leave() from error
+        finally:
+            for number, old in handlers.items():
+                signal.signal(number, old)
+            if self._signal is not None and not self.at_once:
+                _call_own(handlers[self._signal], self._signal)
+        if self._signal is not None:
+            raise self._leave()
+
+    @property
+    def reason(self) -> str | None:
+        """The name of the signal that is kept."""
+        return None if self._signal is None else signal.Signals(self._signal).name
+
+    def check(self) -> None:
+        """Returns where nothing asks for a stop.
+
+        Raises:
+            KeyboardInterrupt: SIGINT came.
+            SystemExit: SIGTERM came; its status is 143, as the shell has it for that signal.
+            TimeUpError: the time is over.
+        """
+        if self._signal is not None:
+            raise self._leave()
+        if self._until is not None and time.monotonic() >= self._until:
+            raise TimeUpError(f"max_seconds={self._max_seconds:g} are over")
+
+    def _leave(self) -> BaseException:
+        if self._signal == signal.SIGINT:
+            return KeyboardInterrupt()
+        return SystemExit(128 + int(self._signal or 0))
+
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        # Nothing is logged here: a handler runs in the midst of anything, a write to the terminal for one.
+        if self._signal is None:
+            self._signal = number
+            return
+        self.at_once = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def _call_own(handler: Any, number: int) -> None:
+    own: Callable[[int, Any], Any] | None = handler if callable(handler) else None
+    if own is not None and own is not signal.default_int_handler:
+        own(number, None)

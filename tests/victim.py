@@ -1,0 +1,154 @@
+"""A run that is there to be stopped: `python -m tests.victim FOLDER OPTIONS`.
+
+It goes on where the last one on this folder stopped. What it is doing is in a small file that outlives it, however
+it dies; what came of it is in `result.json`, once it reached its end.
+"""
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import sys
+import time
+from pathlib import Path
+
+BEGAN = time.time()
+PHASES = ("start-up", "steps", "validation", "end")
+WRITING = ("nothing", "save", "cleanup")
+NUMBERS = ("phase", "writing", "step", "known", "resumed", "reading_us", "first_step_us")
+"""What the small file has, eight bytes each; times are from the start of the process."""
+
+
+class Diary:
+    """Numbers in a file's memory: written at the price of an assignment, and there after a SIGKILL."""
+
+    def __init__(self, path):
+        if not path.exists():
+            path.write_bytes(bytes(8 * len(NUMBERS)))
+        with path.open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), 0)
+
+    def clear(self):
+        self._memory[:] = bytes(len(self._memory))
+
+    def __getitem__(self, name):
+        place = 8 * NUMBERS.index(name)
+        return int.from_bytes(self._memory[place : place + 8], "little")
+
+    def __setitem__(self, name, value):
+        place = 8 * NUMBERS.index(name)
+        self._memory[place : place + 8] = int(value).to_bytes(8, "little")
+
+
+def elapsed():
+    return 1e6 * (time.time() - BEGAN)
+
+
+def main(folder, options):
+    diary = Diary(folder / "diary")
+    diary.clear()
+    os.environ["TRAINAX_REGISTRY_PATH"] = str(folder)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+    import flax.linen as nn
+    import jax
+    import numpy as np
+
+    from learnax.checkpoint import checkpointer as checkpoints
+    from learnax.loss import LossPipe
+    from learnax.trainer import Trainer
+    from tests.helpers import Squared, make_data
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, y=None):
+            x = nn.relu(nn.Dense(options.get("width", 64))(x))
+            return nn.Dense(3)(nn.Dropout(0.25, deterministic=False)(x))
+
+    class Slow:
+        """Data that take their time, and a stop on the way where one is asked for."""
+
+        def __init__(self, data, seconds):
+            self.data, self.seconds = data, seconds
+
+        def __len__(self):
+            return len(self.data)
+
+        def __getitem__(self, index):
+            time.sleep(self.seconds)
+            return self.data[index]
+
+    def during(owner, function, place, inside, outside):
+        original = getattr(owner, function)
+
+        def wrapped(*args, **kwargs):
+            diary[place] = inside
+            try:
+                return original(*args, **kwargs)
+            finally:
+                diary[place] = outside
+
+        setattr(owner, function, wrapped)
+
+    during(checkpoints.files, "write", "writing", 1, 0)
+    during(checkpoints.Checkpointer, "_remove_old", "writing", 2, 0)
+    during(Trainer, "_validate", "phase", 2, 1)
+    original = Trainer._train_steps
+
+    def train_steps(trainer, *args):
+        result = original(trainer, *args)
+        if not diary["first_step_us"]:
+            jax.block_until_ready(trainer.train_state)
+            diary["first_step_us"] = elapsed()
+        diary["phase"], diary["step"] = 1, trainer.log.step_at_most
+        return result
+
+    Trainer._train_steps = train_steps
+    load = Trainer._load
+
+    def timed_load(trainer):
+        began = elapsed()
+        result = load(trainer)
+        diary["reading_us"] = elapsed() - began
+        return result
+
+    Trainer._load = timed_load
+
+    data = make_data(options.get("size", 96))
+    seconds = options.get("seconds", 0.0)
+    trainer = Trainer(
+        Net(),
+        1e-2,
+        LossPipe([Squared()]),
+        seed=0,
+        train_dataset=Slow(data, seconds) if seconds else data,
+        val_datasets={"val": Slow(make_data(21, seed=1), seconds)},
+        batch_size=8,
+        registry="victims",
+        load_checkpoint=True,
+        keep_best_checkpoint=True,
+        checkpoint_every=50,
+        max_checkpoints=2,
+        num_epochs=options.get("epochs", 10),
+        num_workers=options.get("workers", 0),
+        save_every=options.get("save_every", 5),
+        **options.get("trainer", {}),
+    )
+    diary["step"] = diary["resumed"] = trainer.log.step
+    diary["known"] = 1
+    (folder / "ready").touch()
+    trainer.train()
+
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves((trainer.train_state, jax.random.key_data(trainer.rng_seq))):
+        digest.update(np.asarray(leaf).tobytes())
+    metrics = {name: values for name, values in trainer.metrics.items() if "update_time" not in name}
+    result = {"state": digest.hexdigest(), "step": int(trainer.log.step), "metrics": metrics}
+    done = trainer.position.epoch == trainer.num_epochs
+    (folder / ("result.json" if done else "stopped.json")).write_text(json.dumps(result))
+    diary["phase"] = 3
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
