@@ -188,6 +188,17 @@ def compared(result: dict, expected: dict) -> set[str]:
     return differences | {name for name in ("state", "step") if expected[name] != result[name]}
 
 
+def summary(report: Report) -> str:
+    """What came of one form of run, in a line."""
+    ends = f"DIFFERS in {', '.join(report.differences)}" if report.differences else "the same end bit for bit"
+    starts = [life.start for lives in report.lives for life in lives if life.start and life.resumed]
+    return (
+        f"{report.kills} kills, {ends}; {report.damaged} damaged checkpoints; steps made again: median "
+        f"{statistics.median(report.lost):g}, most {max(report.lost)}; start to first new step, without reading the "
+        f"checkpoint: {statistics.median(starts or [math.nan]):.2f} s, of a fresh run: {report.fresh:.2f} s"
+    )
+
+
 def main() -> int:
     """Soaks all forms, prints what came of it, and says by its status whether all was well."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -202,17 +213,7 @@ def main() -> int:
         for name in arguments.forms:
             began = time.monotonic()
             report = reports[name] = soak(name, each, random.Random(f"{seed} {name}"), Path(scratch))
-            verdict = (
-                f"DIFFERS in {', '.join(report.differences)}" if report.differences else "bit for bit the same end"
-            )
-            again = [life.start for lives in report.lives for life in lives if life.start and life.resumed]
-            print(
-                f"{name}: {report.kills} kills, {verdict}; {report.damaged} damaged checkpoints; steps made again: "
-                f"median {statistics.median(report.lost):g}, most {max(report.lost)}; start to first new step "
-                f"{statistics.median(starts or [math.nan]):.2f} s, without reading the checkpoint, {report.fresh:.2f} s "
-                f"where there is none ({time.monotonic() - began:.0f} s)",
-                flush=True,
-            )
+            print(f"{name}: {summary(report)} ({time.monotonic() - began:.0f} s)", flush=True)
     places = collections.Counter(life.where for report in reports.values() for lives in report.lives for life in lives)
     print("where: " + ", ".join(f"{place} {count}" for place, count in places.most_common()))
     good = [not report.differences and not report.damaged for report in reports.values()]
