@@ -313,8 +313,8 @@ def test_a_worker_that_ends_is_told_of(code, make_loader):
     with pytest.raises(WorkerError) as caught:
         rows(loader)
     assert re.fullmatch(
-        r"dataset 'set': a worker process died \(.*exit code [13].*\); it may have run out of memory or been killed, "
-        "and num_workers=0 reads in this process",
+        r"dataset 'set': worker process 0 died before it gave the data [04] to [15] \(.*exit code [13].*\); it may have "
+        "run out of memory or been killed, and num_workers=0 reads in this process",
         str(caught.value),
     )
     assert workers() == []
@@ -327,10 +327,35 @@ def test_a_worker_that_is_killed_is_told_of_and_a_new_pass_has_new_workers(make_
     next(found)
     (worker,) = workers()
     worker.kill()
-    with pytest.raises(WorkerError, match=r"^dataset 'set': a worker process died \(.*exit code -9\."):
+    with pytest.raises(
+        WorkerError,
+        match=r"^dataset 'set': worker process 0 died before it gave the data \d+ to \d+ \(.*exit code -9\.",
+    ):
         list(found)
     assert workers() == []
     assert_rows_equal(rows(loader), rows(make_loader(dataset, 0)))
+
+
+def test_a_worker_that_hangs_is_ended_and_told_of(make_loader, monkeypatch):
+    monkeypatch.setattr("learnax.data.workers.PATIENCE_S", 8.0)  # a worker takes a while to start
+
+    def getitem(index):
+        if index == 6:
+            threading.Event().wait()
+        return [np.float32(index)]
+
+    loader = make_loader(make_dataset(getitem), 2)
+    found = batches(loader)
+    for _ in range(3):
+        next(found)
+    with pytest.raises(WorkerError) as caught:
+        next(found)
+    assert str(caught.value) == (
+        "dataset 'set': worker process 1 has not given the data 6 to 7 in 8 s and was ended: it hangs, or that is how "
+        "long they take; num_workers=0 reads in this process, and waits"
+    )
+    assert workers() == []
+    assert "learnax-watchdog" not in [thread.name for thread in threading.enumerate() if thread.is_alive()]
 
 
 def test_data_that_cannot_be_sent_are_told_of(make_loader):

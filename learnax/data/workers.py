@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import multiprocessing
 import multiprocessing.spawn
 import os
 import signal
+import threading
+import time
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
@@ -27,13 +30,15 @@ from learnax.data.sending import Classes, in_main, in_worker, to_main, to_worker
 
 AHEAD = 4
 """Batches that each worker keeps ready."""
+PATIENCE_S = 600.0
+"""How long a worker may take for one batch; after that it counts as hanging."""
 _PROCESS_NAME = "grain-process-prefetch-"
 _PLAIN = {np.ndarray, bool, int, float, complex, str, bytes, *np.sctypeDict.values()}
 """Leaves that a worker stacks. Another one may be a container that only the main process has registered."""
 
 
 class WorkerError(RuntimeError):
-    """A worker process died, could not be given the dataset, or could not send the data."""
+    """A worker process died or hangs, could not be given the dataset, or could not send the data."""
 
 
 class Workers:
@@ -55,22 +60,23 @@ class Workers:
         _check_sendable(name, dataset)
         self._source = _Source(name, dataset, list(ranges), collate)
         self._streams: list[Any] = []  # grain's iterator, while there are processes
-        self._next = 0
+        self._next = self._opened = 0
+        self._watchdog = _Watchdog()
         # Where nobody closes this reader, its processes end with it, or with the program.
-        weakref.finalize(self, _close, self._streams)
+        weakref.finalize(self, _close, self._streams, self._watchdog)
 
     def read(self, start: int) -> Iterator[list[Any]]:
         """Takes each batch from the worker whose turn it is."""
         for number in range(start, len(self._ranges)):
             if not self._streams or self._next != number:
                 self._open(number)
-            blob = self._take()
+            blob = self._take(number)
             self._next = (number + 1) % len(self._ranges)
             yield self._unpack(self._ranges[number], blob)
 
     def close(self) -> None:
         """Ends the processes; a later pass starts new ones."""
-        _close(self._streams)
+        _close(self._streams, self._watchdog)
 
     def _open(self, start: int) -> None:
         self.close()
@@ -81,16 +87,26 @@ class Workers:
         endless = grain.MapDataset.source(self._source).repeat()[start:].to_iter_dataset(one_thread)
         options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=AHEAD)
         self._streams.append(iter(endless.mp_prefetch(options, worker_init_fn=_begin_worker)))
-        self._next = start
+        self._next = self._opened = start
+        self._watchdog.start()
 
-    def _take(self) -> np.ndarray:
+    def _take(self, number: int) -> np.ndarray:
         try:
-            return next(self._streams[0])
+            with self._watchdog.watching():
+                return next(self._streams[0])
         except Exception as error:
             self.close()
+            indices = self._ranges[number]
+            worker = (number - self._opened) % self._num_workers
+            who, what = f"dataset {self._name!r}: worker process {worker}", f"the data {indices[0]} to {indices[-1]}"
+            if self._watchdog.bit:
+                raise WorkerError(
+                    f"{who} has not given {what} in {PATIENCE_S:g} s and was ended: it hangs, or that is how long "
+                    "they take; num_workers=0 reads in this process, and waits"
+                ) from error
             raise WorkerError(
-                f"dataset {self._name!r}: a worker process died ({error}); it may have run out of memory or been "
-                "killed, and num_workers=0 reads in this process"
+                f"{who} died before it gave {what} ({error}); it may have run out of memory or been killed, and "
+                "num_workers=0 reads in this process"
             ) from error
 
     def _unpack(self, indices: range, blob: np.ndarray) -> list[Any]:
@@ -105,7 +121,45 @@ class Workers:
         raise failure from cause
 
 
-def _close(streams: list[Any]) -> None:
+class _Watchdog:
+    """Ends the worker processes where one of them is waited for too long: what waits then gets an error."""
+
+    def __init__(self) -> None:
+        self.bit = False
+        self._since: float | None = None
+        self._end = threading.Event()
+
+    def start(self) -> None:
+        """Begins to watch, in a thread."""
+        self.bit, self._since, self._end = False, None, threading.Event()
+        threading.Thread(target=self._watch, args=(self._end,), name="learnax-watchdog", daemon=True).start()
+
+    def end(self) -> None:
+        """Ends the thread."""
+        self._end.set()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, a worker is waited for."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def _watch(self, end: threading.Event) -> None:
+        while not end.wait(min(1.0, PATIENCE_S / 4)):
+            since = self._since
+            if since is not None and time.monotonic() - since > PATIENCE_S:
+                self.bit = True
+                for process in multiprocessing.active_children():
+                    if process.name.startswith(_PROCESS_NAME):
+                        process.kill()
+                return
+
+
+def _close(streams: list[Any], watchdog: _Watchdog) -> None:
+    watchdog.end()
     # A worker that has not had its first turn ends with the last reference to the stream.
     while streams:
         streams.pop().close()
