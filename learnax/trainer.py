@@ -20,7 +20,7 @@ import optax
 from learnax import checks, clock
 from learnax.actions import Action, ModelSaver, Moment, Plotter, Sampler, StateSaver
 from learnax.cache import use_cache
-from learnax.checkpoint import Checkpointer
+from learnax.checkpoint import Checkpointer, SaveError
 from learnax.data import Block, Loader, Repeated, check_dataset, first_datum
 from learnax.engine import BATCHES, SAME, Engine
 from learnax.log import Log, Means
@@ -422,6 +422,8 @@ class Trainer:
             with self.stops.watched(), self.log.session(done):
                 try:
                     yield
+                except SaveError:
+                    raise
                 except BaseException as error:
                     if self._done() > done and not self.stops.at_once:
                         self._save_stopped(error)

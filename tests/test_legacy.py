@@ -326,7 +326,15 @@ RUNS = {
     ),
     "eval": (lambda m: pickle.dumps(Calls(eval, f"open({str(m)!r}, 'w').close()"), 2), "__builtin__.eval"),
     "exec": (lambda m: pickle.dumps(Calls(exec, f"open({str(m)!r}, 'w').close()"), 4), "builtins.exec"),
-    "getattr": (lambda m: pickle.dumps(Calls(Calls(getattr, Path(m), "touch"))), "builtins.getattr"),
+    "getattr": (
+        lambda m: (
+            b"\x80\x04"
+            + on_stack("builtins", "getattr")
+            + (ARRAY + text("tofile") + b"\x86R")
+            + (text(str(m)) + b"\x85R.")
+        ),
+        "builtins.getattr",
+    ),
     "partial": (lambda m: pickle.dumps(Calls(functools.partial(os.system, f"touch {m}"))), "functools.partial"),
     "methodcaller": (lambda m: pickle.dumps(Calls(operator.methodcaller("touch"), Path(m))), "operator.methodcaller"),
     "line": (lambda m: by_line("os", "system") + f"(S'touch {m}'\ntR.".encode(), "os.system"),
@@ -338,8 +346,8 @@ RUNS = {
         "numpy.ndarray.tofile",
     ),
     "dotted optax": (
-        lambda m: b"\x80\x04" + on_stack("optax", "jax.numpy.save") + text(str(m)) + ARRAY + b"\x86R.",
-        "optax.jax.numpy.save",
+        lambda m: b"\x80\x04" + on_stack("optax._src.base", "jax.numpy.save") + text(str(m)) + ARRAY + b"\x86R.",
+        "optax._src.base.jax.numpy.save",
     ),
     "dotted learnax": (
         lambda m: b"\x80\x04" + on_stack("learnax.state", "np.save") + text(str(m)) + ARRAY + b"\x86R.",
@@ -369,7 +377,7 @@ class Pathed:
 
 @pytest.mark.parametrize("attack", RUNS)
 def test_a_hostile_file_is_refused_by_name_and_runs_nothing(tmp_path, attack):
-    marker = tmp_path / "marker"
+    marker = tmp_path / "marker.npy"
     make, name = RUNS[attack]
     pickled = make(marker)
     path = put(tmp_path / "state_latest.pyd", pickled)
@@ -384,7 +392,7 @@ def test_a_hostile_file_is_refused_by_name_and_runs_nothing(tmp_path, attack):
 
 @pytest.mark.parametrize("attack", RUNS)
 def test_the_hostile_files_would_run(tmp_path, attack):
-    marker = tmp_path / "marker"
+    marker = tmp_path / "marker.npy"
     try:  # noqa: SIM105 - what it raises after it has run is of no matter
         pickle.loads(RUNS[attack][0](marker))
     except Exception:
@@ -527,6 +535,11 @@ def test_odd_opcodes_change_nothing_and_are_errors(tmp_path, odd):
     assert before == after
 
 
+def buffer(size, shape):
+    """An array of float32 whose shape need not be that of its bytes."""
+    return Calls(np._core.numeric._frombuffer, b"x" * size, np.dtype("f4"), shape, "C")
+
+
 def stand_ins():
     return set(legacy._KNOWN.values())
 
@@ -548,23 +561,19 @@ INSIDE = {
     "records": (np.zeros(2, [("a", "f4"), ("b", "O")]), "not of numbers"),
     "a subclass": (np.ones(2).view(Sub), "Sub'"),
     "a masked array": (np.ma.ones(2), "_mareconstruct'"),
-    "a text": ("text", r"params.*'a'.* is a str, not an array"),
-    "bytes": (b"bytes", "a bytes where"),
-    "a set": ({1, 2}, "a set where"),
+    "a text": ("text", "params/a of its state is a str, not an array"),
+    "bytes": (b"bytes", "a [bB]ytes where"),
+    "a set": ({1, 2}, r"a set where|__builtin__\.set'"),
     "a class": (np.ndarray, "a type where"),
     "a dtype": (np.dtype("f4"), "a Dtype where none should be"),
     "mixed keys": ({1: np.ones(2), "b": np.ones(2)}, "keys are not all text or all integers"),
     "tuple keys": ({(1, 2): np.ones(2)}, "keys are not all text or all integers"),
+    "two leaves of one path": ({"a/b": 1, "a": {"b": 2}}, "two leaves of one path"),
+    "a leaf in a leaf": ({"a": np.ones(2), "a/b": 2}, "is torn"),
     "a namedtuple": (Forged(1), "Forged'"),
-    "a shape that is too large": (
-        Calls(np._core.numeric._frombuffer, b"1234", np.dtype("f4"), (2**40,), "C"),
-        "buffer",
-    ),
-    "a shape that is too small": (
-        Calls(np._core.numeric._frombuffer, b"12345678", np.dtype("f4"), (1,), "C"),
-        "8 bytes",
-    ),
-    "a negative shape": (Calls(np._core.numeric._frombuffer, b"1234", np.dtype("f4"), (-1,), "C"), "negative"),
+    "a shape that is too large": (buffer(4, (2**40,)), "too small"),
+    "a shape that is too small": (buffer(8, (1,)), "its 8 bytes"),
+    "a negative shape": (buffer(4, (-1,)), "its 4 bytes"),
     "a class of array": (Builds(np._core.multiarray._reconstruct, (np.dtype, (0,), b"b"), array_state()), "not numpy"),
     "a jax array of else": (
         Calls(jax._src.array._reconstruct_array, np.dtype, ("f4",), array_state(), {}),
@@ -607,7 +616,7 @@ def test_a_pickle_of_something_else_is_named_with_what_was_found(tmp_path, held,
     assert what in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80", b"\x80\x04", b".", b"no pickle at all", b"PK\x03\x04", b"\x93NUMPY"])
+@pytest.mark.parametrize("content", [b"", b"\x80", b"\x80\x04", b".", b"no pickle at all", b"\x93NUMPY"])
 def test_a_file_that_is_no_pickle_is_named(tmp_path, content):
     path = put(tmp_path / "state_latest.pyd", content)
     with pytest.raises(ValueError, match=rf"state_latest\.pyd \({len(content)} bytes\) is torn.*load another one"):
@@ -656,7 +665,8 @@ def test_a_file_with_flipped_bits_is_read_or_named(tmp_path, protocol, flips):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert 0 < sum(read) < len(read)
+    assert not all(read)
+    assert any(read) or flips > 1  # of the flips of one bit, some only change data
     assert peak < 2**24
 
 

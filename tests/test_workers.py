@@ -313,8 +313,8 @@ def test_a_worker_that_ends_is_told_of(code, make_loader):
     with pytest.raises(WorkerError) as caught:
         rows(loader)
     assert re.fullmatch(
-        r"dataset 'set': worker process 0 died before it gave the data [04] to [15] \(.*exit code [13].*\); it may have "
-        "run out of memory or been killed, and num_workers=0 reads in this process",
+        r"dataset 'set': worker process 0 died before it gave the data [04] to [15] \(.*exit code [13].*\); it may "
+        "have run out of memory or been killed, and num_workers=0 reads in this process",
         str(caught.value),
     )
     assert workers() == []

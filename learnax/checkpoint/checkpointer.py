@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import math
@@ -217,7 +218,14 @@ class Checkpointer:
         self._leaves_behind = -1 if after is None else after
 
     def prepare(self, state: TrainState) -> None:
-        """Gets ready for saves of such a state, in the background: the first one then holds up nobody."""
+        """Gets ready for saves of such a state, for the most part in the background: the first one then is quick.
+
+        Raises:
+            OSError: the folder cannot be made or written to.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.path, os.W_OK):
+            raise PermissionError(errno.EACCES, "checkpoints cannot be saved to this folder", str(self.path))
         wanted = self._camera.wanted(_leaves(state))  # now: a step may take the arrays over
 
         def job() -> None:
@@ -292,8 +300,8 @@ class Checkpointer:
     def _fail(self, entry: Entry, error: Exception) -> None:
         whole = max(self._numbers(), default=None)
         left = "there is no whole one yet" if whole is None else f"the newest whole one is {self.path / str(whole)}"
-        cause = f"{type(error).__name__}: {error}"
-        self._failure = SaveError(f"the checkpoint of step {entry.step} could not be saved: {cause}; {left}")
+        text = f"the checkpoint of step {entry.step} could not be saved: {files.reason(error)}; {left}"
+        self._failure = SaveError(text)
         self._failure.__cause__ = error
         self._tell(error, f"{self._failure}; training goes on, and the next save tries again")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from learnax.utils import leaves_by_path
 
 _STATE, _META = "state", "meta"
 _DRAFT = "*.orbax-checkpoint-tmp*"
+_LETTERS = 200
+"""Of another library's error that are repeated, from its beginning and from its end."""
 
 
 class DamagedError(ValueError):
@@ -64,7 +67,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (PermissionError, MemoryError):
         raise
     except Exception as error:
-        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+        raise _damaged(folder, reason(error)) from error
     found = {path: _checksum(array) for path, array in arrays.items()}
     if found != meta["checksums"]:
         wrong = [path for path in {**found, **meta["checksums"]} if found.get(path) != meta["checksums"].get(path)]
@@ -85,7 +88,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     except (PermissionError, MemoryError):
         raise
     except Exception as error:
-        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+        raise _damaged(folder, reason(error)) from error
     if checksum != _seal(content):
         raise _damaged(folder, "other content than was written in its meta values")
     return content
@@ -100,6 +103,14 @@ def remove_drafts(path: Path) -> None:
     """Deletes what is left of saves that were not finished."""
     for draft in path.glob(_DRAFT):
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def reason(error: BaseException) -> str:
+    """An error in some words; those of the storage library have a page of its settings."""
+    text = re.sub(r" \[tensorstore_spec=.*\]", "", str(error))
+    if len(text) > 2 * _LETTERS:
+        text = f"{text[:_LETTERS]} ... {text[-_LETTERS:]}"  # where it was, and at the end why
+    return f"{type(error).__name__}: {text}"
 
 
 def _damaged(folder: Path, why: str) -> DamagedError:

@@ -340,8 +340,8 @@ def _array(dtype: _Dtype, shape: tuple[int, ...], data: bytes | _Bytes, order: A
     """An array on these bytes, in the machine's byte order."""
     raw, kind = data.raw() if isinstance(data, _Bytes) else data, dtype.dtype()
     array: np.ndarray = np.ndarray(shape, kind, raw, order=order)
-    if array.nbytes != len(raw):
-        raise ValueError(f"it has an array of {array.nbytes} bytes, but {len(raw)} bytes for it")
+    if array.shape != shape or array.nbytes != len(raw):  # numpy takes a length of -1 for "what fits"
+        raise ValueError(f"it has an array whose shape is not that of its {len(raw)} bytes")
     return array if kind.isnative else array.astype(kind.newbyteorder("="))
 
 
@@ -354,11 +354,14 @@ def _checkpoint(held: Any) -> dict[str, Any]:
     state = held["state"]
     if type(state) is not TrainState:
         raise ValueError(f"expected its state to be a TrainState, found a {type(state).__name__}")
-    params, opt_state = jax.tree_util.tree_map_with_path(_leaf, (state.params, state.opt_state))
+    parts = {"params": state.params, "opt_state": state.opt_state}
+    parts = jax.tree_util.tree_map_with_path(_leaf, parts)
+    if len(jax.tree.leaves(as_dicts(parts))) < len(jax.tree.leaves(parts)):
+        raise ValueError("its state has two leaves of one path")
     step = operator.index(state.step)
     np.int32(step)  # raises on a step that none can have
     checkpoint = {
-        "state": TrainState(params, opt_state, step),
+        "state": TrainState(parts["params"], parts["opt_state"], step),
         "step": operator.index(held["step"]),
         "time": float(held["time"]),
     }
@@ -369,7 +372,8 @@ def _leaf(path: Any, leaf: Any) -> PyTree:
     if type(leaf) in _NUMBERS:
         return np.asarray(leaf, _NUMBERS[type(leaf)])
     if not isinstance(leaf, (np.ndarray, jax.Array)):
-        raise ValueError(f"{jax.tree_util.keystr(path)} of its state is a {type(leaf).__name__}, not an array")
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        raise ValueError(f"{name} of its state is a {type(leaf).__name__}, not an array")
     return leaf
 
 

@@ -1,0 +1,379 @@
+"""What goes wrong with checkpoints: full disks, lost folders, damaged files, slow storage, another script."""
+
+import contextlib
+import gc
+import logging
+import os
+import random
+import re
+import resource
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from learnax.checkpoint import Checkpointer, DamagedError, SaveError, files, writer
+from learnax.registry import Registry
+from learnax.state import TrainState
+from tests.helpers import MLP, MemoryRun, assert_trees_equal, make_data, run_script
+from tests.test_checkpoint import make_state, step_of
+from tests.test_resume import assert_same_run, make, on_disk, stop, trained
+
+# Where a file cannot be read, orbax leaves tasks behind in a loop that is closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_for_other_tests():
+    yield
+    gc.collect()
+
+
+class At:
+    """An action that calls something, right after a step."""
+
+    def __init__(self, step, call):
+        self._step, self._call = step, call
+
+    def next_due(self, step):
+        return self._step if step < self._step else float("inf")
+
+    def __call__(self, moment):
+        self._call()
+
+
+def wide(**options):
+    """A run whose checkpoints take some hundred kB, and one of each five steps."""
+    return make(model=MLP(2**14), save_every=5, **options)
+
+
+def make_wide(checkpointer, step):
+    state = TrainState({"wide": jnp.full((300, 1000), float(step)), "scale": jnp.float32(step)}, {}, jnp.int32(step))
+    checkpointer.save_latest(state, step)
+
+
+# ---- storage that fails
+
+FULL = """
+import logging, resource, sys
+from learnax.checkpoint import SaveError
+from tests.test_faults import At, on_disk, wide
+import pathlib
+
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+trainer = wide()
+
+def limit(size):
+    trainer.checkpointer._writer.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+
+trainer._saves.append(At(6, lambda: limit(100_000)))
+{more}
+try:
+    trainer.train()
+except SaveError as error:
+    print("raised:", error)
+    print("because of:", type(error.__cause__).__name__)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+print("steps", trainer.log.step, "latest", on_disk(pathlib.Path({registry!r})).load_latest()["step"])
+print("left", sorted(path.name for path in trainer.checkpointer.path.iterdir()))
+"""
+
+
+def test_a_disk_that_is_full_for_a_while_ends_nothing_and_is_told_of_once(tmp_path, registry_path):
+    more = "trainer._saves.append(At(12, lambda: limit(-1)))"
+    done = run_script(FULL.format(more=more, registry=str(registry_path)), tmp_path)
+    lines = done.stdout.splitlines()
+    failures = [line for line in lines if "could not be saved" in line]
+    assert len(failures) == 1, done.stdout
+    assert re.match(r"the checkpoint of step 10 could not be saved: .*(EFBIG|[Ff]ile too large)", failures[0])
+    assert failures[0].endswith("checkpoints/0; training goes on, and the next save tries again")
+    assert lines[-2] == "steps 15 latest 15"
+    assert re.match(r"left \['\d', '\d', 'index.json'\]", lines[-1])  # no half a save is left
+
+
+def test_a_disk_that_stays_full_leaves_the_last_good_one_and_raises_at_the_end(tmp_path, registry_path):
+    done = run_script(FULL.format(more="", registry=str(registry_path)), tmp_path)
+    lines = done.stdout.splitlines()
+    (raised,) = [line for line in lines if line.startswith("raised:")]
+    assert raised.startswith("raised: the checkpoint of step 15 could not be saved: ")
+    assert raised.endswith("the newest whole one is " + str(registry_path / "tests" / "memory" / "checkpoints" / "0"))
+    assert sum("could not be saved" in line for line in lines) == 2  # once when it began, and what is raised
+    assert lines[-2:] == ["steps 15 latest 5", "left ['0', 'index.json']"]
+
+
+def test_a_folder_that_is_gone_is_made_again(registry_path):
+    trainer = make(save_every=5)
+    trainer._saves.append(At(7, lambda: (trainer.checkpointer.wait(), shutil.rmtree(trainer.checkpointer.path))))
+    trainer.train()
+    assert on_disk(registry_path).load_latest()["step"] == 15
+    assert on_disk(registry_path).list_available_checkpoints() == ["latest", 15]
+
+
+def test_a_folder_that_became_something_else_is_told_of_and_raised_at_the_end(registry_path, caplog):
+    trainer = make(save_every=5)
+    path = trainer.checkpointer.path
+
+    def replace():
+        trainer.checkpointer.wait()
+        shutil.rmtree(path)
+        path.write_text("no folder")
+
+    trainer._saves.append(At(7, replace))
+    with pytest.raises(
+        SaveError, match=r"^the checkpoint of step 15 could not be saved: .*; there is no whole one yet$"
+    ):
+        trainer.train()
+    assert len(trainer.metrics["train/loss"]) == 15
+    assert sum("could not be saved" in message for message in caplog.messages) == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(tmp_path):
+    (tmp_path / "file").touch()
+    trainer = make(registry=Registry("tests", tmp_path / "file"))
+    with pytest.raises(NotADirectoryError, match=re.escape(str(tmp_path / "file"))):
+        trainer.train()
+    assert trainer.log.step == 0
+
+
+def test_storage_that_is_slower_than_the_cadence_skips_saves_and_says_so_once(tmp_path, monkeypatch, caplog):
+    write = files.write
+    monkeypatch.setattr(files, "write", lambda *args: (time.sleep(0.3), write(*args)))
+    monkeypatch.setattr(writer, "PENDING", 2)
+    checkpointer = Checkpointer(tmp_path / "slow", save_every=1, checkpoint_every=10)
+    began = time.monotonic()
+    saved = [step for step in range(1, 30) if checkpointer.maybe_save_checkpoints(make_state(step), step)]
+    took = time.monotonic() - began
+    assert saved == [1, 2, 10]  # 10 waited for room, 20 would have had to wait for another numbered one
+    assert took < 1.0
+    checkpointer.wait()
+    checkpointer.close()
+    assert checkpointer.list_available_checkpoints() == ["latest", 2, 10]
+    assert caplog.messages == [
+        "the save of step 3 is skipped: the one before it is still being written; where storage is slower than "
+        "save_every or checkpoint_every, save less often",
+        "26 save(s) in all were skipped: storage is slower than their cadence",
+    ]
+
+
+def test_large_states_wait_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "PENDING_BYTES", 1 << 20)
+    write, taken = files.write, []
+    checkpointer = Checkpointer(tmp_path / "large", save_every=1)
+    monkeypatch.setattr(
+        files, "write", lambda *args: (time.sleep(0.2), taken.append(len(checkpointer._pending)), write(*args))
+    )
+    for step in (1, 2, 3):
+        make_wide(checkpointer, step)  # by hand: waits, and is not skipped
+    checkpointer.wait()
+    assert taken == [1, 1, 1]
+    assert step_of(checkpointer.load_latest()) == 3
+
+
+# ---- snapshots
+
+
+def test_a_save_leaves_the_state_to_be_updated_in_place(devices):
+    trainer = make(devices=devices, save_every=1, steps_per_execution=1)
+    places = []
+    trainer._saves.append(At(3, lambda: places.append(trainer.engine.places(trainer.train_state))))
+    trainer._saves.append(At(9, lambda: places.append(trainer.engine.places(trainer.train_state))))
+    trainer.train()
+    assert places[0] == places[1]
+
+
+def test_copies_are_made_into_the_same_memory_again(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "memory")
+    checkpointer.prepare(make_state(1))
+    checkpointer.wait()
+    (memory,) = checkpointer._camera._free
+    addresses = {path: buffer.ctypes.data for path, buffer in memory.items()}
+    for step in (1, 2):
+        checkpointer.save_latest(make_state(step), step)
+        checkpointer.wait()
+    (memory,) = checkpointer._camera._free
+    assert {path: buffer.ctypes.data for path, buffer in memory.items()} == addresses
+    assert set(addresses) >= {"params/Dense_0/kernel", "params/Dense_0/bias", "step"}
+    assert step_of(checkpointer.load_latest()) == 2
+
+
+def test_arrays_without_elements_come_back(tmp_path):
+    params = {"none": jnp.zeros((0, 3), jnp.bfloat16), "some": jnp.ones(2)}
+    checkpointer = Checkpointer(tmp_path / "empty")
+    checkpointer.save_latest(TrainState(params, {}, 1), 1)
+    loaded = checkpointer.load_latest()["state"]
+    assert_trees_equal(loaded.params, params)
+    assert loaded.params["none"].dtype == jnp.bfloat16
+
+
+# ---- files that are not what was written
+
+
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory):
+    path = tmp_path_factory.mktemp("two") / "checkpoints"
+    checkpointer = Checkpointer(path)
+    resume = {"rng": np.array([3, 4], np.uint32), "position": {"epoch": 1}, "history": {"train/loss": [0.5] * 50}}
+    for step in (1, 2):
+        checkpointer.save_latest(make_state(step), step, {"loss": 0.25}, resume)
+    checkpointer.wait()
+    return path
+
+
+def spoil(folder, chance):
+    """Does harm to a file of a save: cuts it, changes a byte, empties or removes it; says what."""
+    victims = sorted(path for path in folder.rglob("*") if path.is_file())
+    (victim,) = chance.choices(victims, [path.stat().st_size for path in victims])
+    content = victim.read_bytes()
+    place = chance.randrange(max(len(content), 1))
+    kind = chance.choice(["cut", "flip", "flip", "flip", "remove", "empty"])
+    if kind == "remove":
+        victim.unlink()
+    elif kind == "flip" and content:
+        victim.write_bytes(
+            content[:place] + bytes([content[place] ^ (1 << chance.randrange(8))]) + content[place + 1 :]
+        )
+    else:
+        victim.write_bytes(content[:place] if kind == "cut" else b"")
+    return f"{kind} {victim.name} at {place}"
+
+
+def test_damage_anywhere_is_noticed_and_the_one_before_is_taken(two_saves, tmp_path, caplog):
+    seed = random.SystemRandom().randrange(1 << 32)
+    chance = random.Random(seed)
+    expected = Checkpointer(two_saves).load_latest()
+    noticed = 0
+    for trial in range(60):
+        path = tmp_path / "spoiled"
+        shutil.copytree(two_saves, path)
+        what = f"trial {trial} of seed {seed}: {spoil(path / '1', chance)}"
+        caplog.clear()
+        loaded = Checkpointer(path).load_latest(make_state(0))
+        messages = [record.getMessage() for record in caplog.records if record.name == "learnax"]
+        if messages:
+            noticed += 1
+            damage, taken = messages
+            assert damage.startswith(f"checkpoint {path / '1'} is damaged: "), what
+            assert taken == "the checkpoint before it is taken in its place: that of step 1", what
+            assert step_of(loaded) == 1, what
+        else:  # what was changed means nothing: all is there as it was written
+            assert step_of(loaded) == 2, what
+            assert_trees_equal(loaded["state"], make_state(2))
+            assert {k: loaded[k] for k in ("step", "time", "metrics")} == {
+                k: expected[k] for k in ("step", "time", "metrics")
+            }
+            assert loaded["resume"]["position"] == expected["resume"]["position"], what
+            np.testing.assert_equal(loaded["resume"]["history"], expected["resume"]["history"])
+            np.testing.assert_equal(loaded["resume"]["rng"], expected["resume"]["rng"])
+        shutil.rmtree(path)
+    assert noticed > 20, f"seed {seed}"
+
+
+def test_a_run_goes_on_from_the_one_before_a_damaged_one_and_keeps_that_aside(registry_path, caplog):
+    untouched = trained(registry=None)
+    stop(step=13)
+    path = on_disk(registry_path).path
+    newest = max(int(name) for name in os.listdir(path) if name.isdecimal())
+    for data in (path / str(newest)).rglob("d/*"):
+        os.truncate(data, data.stat().st_size // 2)
+    with caplog.at_level(logging.WARNING, "learnax"):
+        trainer = make(load_checkpoint=True)
+    assert trainer.log.step == 8
+    assert f"checkpoint {path / str(newest)} is damaged" in caplog.text
+    trainer.train()
+    assert_same_run(trainer, untouched)
+    assert (path.with_name("checkpoints.1") / str(newest)).is_dir()
+
+
+def test_where_all_are_damaged_that_is_an_error_and_no_fresh_start(registry_path):
+    trained(num_epochs=1)
+    path = on_disk(registry_path).path
+    for save in path.iterdir():
+        if save.is_dir():
+            shutil.rmtree(save / "state")
+    with pytest.raises(DamagedError, match=r"^checkpoint .* is damaged: .*; there is no other one that would do$"):
+        make(load_checkpoint=True)
+
+
+def test_a_named_checkpoint_that_is_damaged_is_not_replaced_by_another(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "named", keep_best_checkpoint=True)
+    checkpointer.save_checkpoint(make_state(1), 1)
+    checkpointer.update_best_checkpoint(make_state(2), 2, {"val/loss": 1.0})
+    checkpointer.save_checkpoint(make_state(3), 3)
+    checkpointer.wait()
+    (checkpointer.path / "1" / "meta" / "metadata").write_text("{}")
+    with pytest.raises(DamagedError, match=re.escape(str(checkpointer.path / "1"))):
+        checkpointer.load_best()
+    assert step_of(checkpointer.load_latest()) == 3
+    assert step_of(checkpointer.load_checkpoint(1)) == 1
+
+
+# ---- another script
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"batch_size": 4}, "batch_size was 8 and is 4"),
+        ({"train_dataset": make_data(51)}, "len(train_dataset) was 43 and is 51"),
+        ({"accumulate_steps": 2, "batch_size": 4}, "batch_size was 8 and is 4, accumulate_steps was 1 and is 2"),
+        ({"single_batch": True}, "single_batch was False and is True"),
+    ],
+)
+def test_a_change_that_would_spoil_the_run_is_an_error_that_names_it(changed, text):
+    stop(step=9)
+    with pytest.raises(ValueError, match="another script") as raised:
+        make(load_checkpoint=True, **changed)
+    assert str(raised.value) == (
+        f"the checkpoint of step 8 was made by another script: {text}. From there, data would be trained on twice or "
+        "not at all: use what was, or load_weights=True to begin anew with its parameters"
+    )
+    make(load_checkpoint=True, load_weights=True, **changed)
+
+
+def test_a_change_that_does_no_harm_is_none(caplog):
+    stop(step=9)
+    caplog.clear()
+    trainer = make(load_checkpoint=True, num_epochs=4, num_workers=1, save_every=3, devices=jax.devices()[:2])
+    trainer.train()
+    assert trainer.log.step == 20
+    assert not caplog.messages
+
+
+def test_another_seed_is_told_of(caplog):
+    stop(step=9)
+    make(load_checkpoint=True, seed=5)
+    assert caplog.messages[-1] == "seed was 0 and is 5: the run goes on with the random sequence of its checkpoint"
+
+
+# ---- workers
+
+
+@pytest.mark.timeout(100)
+def test_a_worker_that_is_killed_ends_the_run_after_a_save_and_it_goes_on(registry_path):
+    import multiprocessing
+
+    untouched = trained(registry=None)
+    trainer = make(num_workers=1, save_every=1000, num_epochs=3)
+
+    def kill():
+        for process in multiprocessing.active_children():
+            if process.name.startswith("grain-process-prefetch-"):
+                process.kill()
+
+    trainer._saves.append(At(6, kill))
+    with contextlib.suppress(RuntimeError):  # what it had sent before may be all that this short run needs
+        trainer.train()
+    assert on_disk(registry_path).load_latest()["step"] == trainer.log.step
+    resumed = make(num_workers=1, load_checkpoint=True)
+    resumed.train()
+    assert_same_run(resumed, untouched)
+
+
+def test_file_size_limits_are_off_here():
+    """The tests of a full disk set one in a process of their own."""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    assert MemoryRun.id == "memory"
