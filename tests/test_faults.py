@@ -4,6 +4,7 @@ import contextlib
 import gc
 import logging
 import os
+import pickle
 import random
 import re
 import resource
@@ -17,10 +18,11 @@ import pytest
 
 from learnax.checkpoint import Checkpointer, DamagedError, SaveError, files, writer
 from learnax.registry import Registry
+from learnax.run import Run
 from learnax.state import TrainState
-from tests.helpers import MLP, MemoryRun, assert_trees_equal, make_data, run_script
+from tests.helpers import MLP, MemoryRun, assert_trees_equal, host, make_data, run_script
 from tests.test_checkpoint import make_state, step_of
-from tests.test_resume import assert_same_run, make, on_disk, stop, trained
+from tests.test_resume import EPOCHS, STEPS, assert_same_run, make, on_disk, stop, trained
 
 # Where a file cannot be read, orbax leaves tasks behind in a loop that is closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -309,6 +311,72 @@ def test_a_named_checkpoint_that_is_damaged_is_not_replaced_by_another(tmp_path)
         checkpointer.load_best()
     assert step_of(checkpointer.load_latest()) == 3
     assert step_of(checkpointer.load_checkpoint(1)) == 1
+
+
+# ---- checkpoints of 0.1.0
+
+
+def write_old(path, step, **more):
+    """As 0.1.0 did."""
+    path.mkdir(parents=True, exist_ok=True)
+    held = {"state": make_state(step)._replace(step=step), "step": step, "time": 1.7e9 + step, **more}
+    for name in ("latest", step):
+        (path / f"state_{name}.pyd").write_bytes(pickle.dumps(held))
+
+
+def test_old_checkpoints_load_through_the_same_calls_until_there_are_newer_ones(tmp_path):
+    path = tmp_path / "old"
+    write_old(path, 100)
+    write_old(path, 200, metrics={"val/loss": 0.5})
+    (path / "state_best.pyd").write_bytes((path / "state_100.pyd").read_bytes())
+    checkpointer = Checkpointer(path, keep_best_checkpoint=True)
+    assert checkpointer.list_available_checkpoints() == ["latest", "best", 100, 200]
+    assert step_of(checkpointer.load_latest()) == 200
+    assert step_of(checkpointer.load_checkpoint("a run's id")) == 200
+    assert step_of(checkpointer.load_best(make_state(0))) == 100
+    loaded = checkpointer.load_checkpoint(200, make_state(0))
+    assert (loaded["metrics"], loaded["time"], loaded["resume"]) == ({"val/loss": 0.5}, 1.7e9 + 200, None)
+    assert_trees_equal(loaded["state"], make_state(200))
+    checkpointer.save_latest(make_state(300), 300)
+    assert checkpointer.list_available_checkpoints() == ["latest", "best", 100, 200, 300]
+    assert step_of(checkpointer.load_latest()) == 300
+    assert step_of(checkpointer.load_checkpoint(100)) == 100
+
+
+def test_of_a_torn_old_checkpoint_the_one_before_is_taken(tmp_path, caplog):
+    path = tmp_path / "old"
+    write_old(path, 100)
+    os.truncate(path / "state_latest.pyd", 500)  # as a kill in the midst of 0.1.0's save left it
+    assert step_of(Checkpointer(path).load_latest()) == 100
+    assert "state_latest.pyd (500 bytes) is torn, or is not a checkpoint of learnax 0.1.0" in caplog.messages[0]
+    assert caplog.messages[1] == "the checkpoint before it is taken in its place: that of step 100"
+
+
+def test_a_run_goes_on_from_an_old_checkpoint_and_others_read_it(registry_path):
+    trained_before = trained(registry=None, num_epochs=1)
+    state = host(trained_before.train_state)
+    path = on_disk(registry_path).path
+    path.mkdir(parents=True)
+    held = {"state": state._replace(step=5), "step": 5, "time": 1.7e9}
+    (path / "state_latest.pyd").write_bytes(pickle.dumps(held))
+    assert_trees_equal(Run(MemoryRun.id, path.parent).get_weights(), state.params)
+    assert_trees_equal(Run(MemoryRun.id, path.parent).get_train_state().opt_state, state.opt_state)
+    trainer = make(load_checkpoint=True)
+    assert_trees_equal(trainer.train_state, trained_before.train_state)
+    trainer.train()
+    assert trainer.log.step == 5 + EPOCHS * STEPS
+    assert on_disk(registry_path).load_latest()["step"] == 20
+    assert (path / "state_latest.pyd").exists()
+
+
+def test_an_old_checkpoint_that_would_run_something_is_refused(registry_path):
+    path = on_disk(registry_path).path
+    path.mkdir(parents=True)
+    (path / "state_latest.pyd").write_bytes(b"cposix\nsystem\n(S'touch ran'\ntR.")
+    with pytest.raises(
+        ValueError, match=r"'posix.system', which no training state needs; opening a checkpoint runs no"
+    ):
+        make(load_checkpoint=True)
 
 
 # ---- another script

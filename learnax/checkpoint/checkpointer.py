@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from learnax.checkpoint import files
+from learnax.checkpoint import files, legacy
 from learnax.checkpoint.files import DamagedError
 from learnax.checkpoint.index import Entry, Index
 from learnax.checkpoint.snapshot import Camera, Snapshot
@@ -166,9 +166,10 @@ class Checkpointer:
                 where it fits. A target whose `opt_state` is None reads the parameters alone.
 
         Returns:
-            A dict with `state` (numpy leaves), `step`, `time` (seconds since 1970), `number` (the save's own),
-            `resume` as `save_checkpoint` got it, and `metrics` if saved; None where the latest is asked for
-            and there is none. In the place of one that is damaged, the one before it is taken, and that is told.
+            A dict with `state` (numpy leaves), `step`, `time` (seconds since 1970), `number` (the save's own; -1 of a
+            pickle of 0.1.0), `resume` as `save_checkpoint` got it, and `metrics` if saved; None where the latest is
+            asked for and there is none. In the place of one that is damaged, the one before it is taken, and that is
+            told.
 
         Raises:
             FileNotFoundError: a checkpoint asked for by name is not there; those there are are named.
@@ -176,9 +177,9 @@ class Checkpointer:
             ValueError: the checkpoint does not fit the target; the leaves that differ are named.
         """
         damage: DamagedError | None = None
-        for number in self._resolve(checkpoint):
+        for save in self._resolve(checkpoint):
             try:
-                loaded = self._read(number, target)
+                loaded = self._read_old(save, target) if isinstance(save, Path) else self._read(save, target)
             except DamagedError as error:
                 damage = error
                 _logger.warning("%s", error)
@@ -200,12 +201,13 @@ class Checkpointer:
 
     def list_available_checkpoints(self) -> list[str | int]:
         """What `load_checkpoint` can load: "latest" and "best" where there are such, and each step."""
-        numbers = self._settled()
+        numbers, old = self._settled(), legacy.find(self.path)
         index = self._load_index()
-        names: list[str | int] = ["latest"] if numbers else []
-        if index.best(numbers) is not None:
+        names: list[str | int] = ["latest"] if numbers or old else []
+        if index.best(numbers) is not None or "best" in old:
             names.append("best")
-        return [*names, *sorted({index.entries[number].step for number in numbers if number in index.entries})]
+        steps = {index.entries[number].step for number in numbers if number in index.entries}
+        return [*names, *sorted(steps | {step for step in old if isinstance(step, int)})]
 
     def leave_behind(self, after: int | None) -> None:
         """Tells that the run goes on from a save, or from none: later ones are of another past.
@@ -388,22 +390,28 @@ class Checkpointer:
                     index.entries[number] = Entry(*(meta[field] for field in Entry._fields))
         return index
 
-    def _resolve(self, checkpoint: Any) -> list[int]:
-        """The numbers of the saves that are meant, the one to be taken first; none where the latest of none is."""
-        numbers = self._settled()
+    def _resolve(self, checkpoint: Any) -> list[int | Path]:
+        """The saves that are meant, by number or by 0.1.0's file, the one to be taken first; none if none is there."""
+        numbers, old = self._settled(), legacy.find(self.path)
         index = self._load_index()
-        newest = numbers[::-1]
+        old_steps = sorted((step for step in old if isinstance(step, int)), reverse=True)
+        old_names = [name for name in ("latest", *old_steps) if name in old]
+        newest: list[int | Path] = [*numbers[::-1], *(old[name] for name in old_names)]
         if checkpoint is True or (not isinstance(checkpoint, str) and checkpoint == -1):
             return newest
         if isinstance(checkpoint, bool) or not (isinstance(checkpoint, str) or hasattr(checkpoint, "__index__")):
             raise TypeError(f"load_checkpoint must be True, -1, 'best', a step or a run's id, but is {checkpoint!r}")
+        entries = {number: index.entries[number] for number in numbers[::-1] if number in index.entries}
+        found: list[int | Path]
         if checkpoint == "best":
-            found = [number for number in newest if number in index.entries and index.entries[number].best is not None]
+            found = [number for number, entry in entries.items() if entry.best is not None]
+            found += [old["best"]] if "best" in old else []
         elif isinstance(checkpoint, str) and not checkpoint.isdecimal():
             return newest  # a run's id
         else:
             step = int(checkpoint)
-            found = [number for number in newest if number in index.entries and index.entries[number].step == step]
+            found = [number for number, entry in entries.items() if entry.step == step]
+            found += [old[step]] if step in old else []
             if not found and isinstance(checkpoint, str):
                 return newest  # a run's id, of digits
         if not found:
@@ -427,6 +435,13 @@ class Checkpointer:
             rest = {"position": meta["position"], **({"script": meta["script"]} if meta["script"] else {})}
             loaded["resume"] = {"rng": tree["rng"], **rest, "history": history}
         return loaded | ({"metrics": meta["metrics"]} if meta["metrics"] else {})
+
+    @staticmethod
+    def _read_old(path: Path, target: TrainState | None) -> dict[str, Any]:
+        loaded = legacy.read(path)
+        if target is not None:
+            loaded["state"] = as_state(legacy.as_tree(loaded["state"], target), target, path)
+        return {**loaded, "number": -1, "resume": None}
 
 
 class _History:

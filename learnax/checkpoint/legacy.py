@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import optax
 
+from learnax.checkpoint.files import DamagedError
 from learnax.checkpoint.trees import as_dicts
 from learnax.state import PyTree, TrainState
 
@@ -49,7 +50,8 @@ def read(path: Path) -> dict[str, Any]:
         in today's optax, numpy leaves that cannot be written to (typed random keys stay jax arrays), an int `step`.
 
     Raises:
-        ValueError: the file names something that no training state needs, or is torn, or is something else.
+        ValueError: the file names something that no training state needs.
+        DamagedError: the file is torn, or is something else.
         OSError: the file cannot be opened.
     """
     with path.open("rb") as file:
@@ -59,7 +61,7 @@ def read(path: Path) -> dict[str, Any]:
             raise
         except Exception as error:  # of a torn pickle nearly any kind
             what = f"{type(error).__name__}: {error}".rstrip(": ").removeprefix("ValueError: ")[:300]
-            raise ValueError(
+            raise DamagedError(
                 f"{path} ({path.stat().st_size} bytes) is torn, or is not a checkpoint of learnax 0.1.0: {what}; "
                 "load another one of the run"
             ) from error
@@ -79,7 +81,7 @@ def as_tree(state: TrainState, target: TrainState | None = None) -> dict[str, An
     opt_state = as_dicts(state.opt_state)
     if isinstance(state.opt_state, optax.InjectHyperparamsState):
         scheduled = getattr(target and target.opt_state, "hyperparams_states", {})
-        opt_state["hyperparams_states"] = {name: {"count": opt_state["count"]} for name in scheduled}
+        opt_state["hyperparams_states"] = {name: {"count": state.opt_state.count} for name in scheduled}
     return {"params": as_dicts(state.params), "opt_state": opt_state, "step": np.asarray(state.step, np.int32)}
 
 
@@ -305,7 +307,6 @@ _KNOWN: dict[tuple[str, str], type[_StandIn]] = {
 }
 
 
-@functools.cache
 def _known(module: str, name: str) -> type[_StandIn] | None:
     """The stand-in for what a file names; None for what is refused. Nothing is imported to find out."""
     package = module.split(".")[0]

@@ -13,6 +13,9 @@ import numpy as np
 _THREADS = 2
 """Copying is bound by memory: two threads take two thirds of the time of one, more are no faster."""
 
+_PIECE_BYTES = 4 << 20
+"""What a thread copies at a time: large arrays are shared between them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
@@ -53,29 +56,43 @@ class Camera:
         for leaf in leaves.values():
             if isinstance(leaf, jax.Array) and not _needs_copy(leaf):
                 leaf.copy_to_host_async()
-        arrays = self._pool.map(lambda path: _copy(path, leaves[path], memory), leaves)
-        return Snapshot(dict(zip(leaves, arrays, strict=True)), memory)
+        arrays: dict[str, np.ndarray] = {}
+        pieces: list[tuple[np.ndarray, np.ndarray]] = []
+        for path, leaf in leaves.items():
+            view = _view(leaf)
+            arrays[path] = view
+            if not isinstance(leaf, jax.Array) or _needs_copy(leaf):
+                arrays[path] = known = memory[path] = _fitting(memory.get(path), view)
+                pieces += _pieces(known, view)
+        for _ in self._pool.map(lambda piece: np.copyto(*piece), pieces):
+            pass
+        return Snapshot(arrays, memory)
 
     def give_back(self, snapshot: Snapshot) -> None:
         """Takes back the memory of a copy that nobody needs any more; that of one is kept."""
         self._free = [snapshot.memory]
 
 
-def _copy(path: str, leaf: Any, memory: dict[str, np.ndarray]) -> np.ndarray:
-    if not isinstance(leaf, jax.Array):
-        return np.array(leaf)
-    if leaf.is_fully_replicated:
-        # Its own object, which is gone after this: a view that outlives the copy would keep a step from
-        # updating the array in place.
+def _view(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+        # Its own object, which is gone with the view: one that outlives the copy would keep a step from updating
+        # the array in place.
         leaf = leaf.addressable_shards[0].data
-    view = np.asarray(leaf)
-    if not _needs_copy(leaf):
-        return view
-    known = memory.get(path)
+    return np.asarray(leaf)
+
+
+def _fitting(known: np.ndarray | None, view: np.ndarray) -> np.ndarray:
     if known is None or known.shape != view.shape or known.dtype != view.dtype:
-        known = memory[path] = np.empty(view.shape, view.dtype)
-    np.copyto(known, view)
+        return np.empty(view.shape, view.dtype)
     return known
+
+
+def _pieces(target: np.ndarray, source: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Both in parts along the first axis, of no more than some bytes, for the threads to share."""
+    if source.nbytes <= _PIECE_BYTES or not source.ndim:
+        return [(target, source)]
+    rows = max(_PIECE_BYTES * len(source) // source.nbytes, 1)
+    return [(target[start : start + rows], source[start : start + rows]) for start in range(0, len(source), rows)]
 
 
 def _needs_copy(leaf: Any) -> bool:
