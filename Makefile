@@ -7,7 +7,7 @@ DEVICES ?=
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: train test check test-floor bench bench-compare clean
+.PHONY: train test check test-floor soak bench bench-compare clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -24,6 +24,10 @@ check: $(INSTALLED)
 # The same tests at the lowest versions that pyproject.toml claims.
 test-floor:
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=.ci/constraints-floor.txt
+
+# Kills runs with SIGKILL, a hundred times, and compares their ends with those of runs that were left alone.
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak $(ARGS)
 
 # What a step costs beside hand-written loops and Keras; DEVICES=4 forces as many devices on the CPU.
 bench: $(VENV)/.bench

@@ -53,8 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
             workload = makers(args.scale, args.quick)[name]()
             measure.throughput(results, workload, args.opponents, rounds, calls=20 if args.quick else 100)
             if name == "mlp-2048":
-                say(f"{name}: logging and saving, {rounds} rounds")
-                measure.costs(results, workload, rounds)
+                say(f"{name}: logging, {rounds} rounds")
+                measure.logging(results, workload, rounds)
+                wider = makers(args.scale, args.quick)["mlp-4096"]()
+                say(f"{wider.name}: saving, {rounds} rounds")
+                measure.saving(results, wider, rounds)
             if not args.quick:
                 alone(results, name, args)
     results.settings["seconds"] = round(time.perf_counter() - began, 1)

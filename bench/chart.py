@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.measure import HOST, STALL, STEP, WAITED
+from bench.measure import HOST, SLOWED, STALL, STEP, WAITED
 from bench.processes import MEMORY, START
 from bench.report import amount, seconds
 from bench.results import Results
@@ -99,7 +99,7 @@ def _start(ax: Any, figures: list[Any]) -> None:
 def _numbers(ax: Any, results: Results) -> None:
     """What is a number and no bar."""
     wanted = {("mlp-128", HOST), ("nested-0", WAITED), ("nested-2", WAITED), ("mlp-2048", MEMORY)}
-    figures = [f for f in results.figures if (f.workload, f.measure) in wanted or f.measure == STALL]
+    figures = [f for f in results.figures if (f.workload, f.measure) in wanted or f.measure in (STALL, SLOWED)]
     lines = [(f"{f.measure}, {f.workload}, {f.contender}", amount(f)) for f in figures]
     lines += [(f"{r.measure}: {r.contender} / {r.opponent}", str(r.ratio)) for r in results.ratios if r.measure != STEP]
     for row, (name, number) in enumerate(lines):

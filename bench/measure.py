@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 import time
@@ -19,7 +20,7 @@ from bench.workloads import Workload
 from learnax.registry import Registry
 
 STEP, LATENCY, HOST, WAITED = "step", "synchronous step", "host work per step", "waiting for data"
-STALL = "stall per checkpoint"
+STALL, SLOWED = "stall per checkpoint", "longer steps while one is written"
 SAVE_EVERY = 32
 
 
@@ -80,35 +81,60 @@ def throughput(results: Results, workload: Workload, opponents: list[str], round
                 _add_latency(results, workload, name, contender, calls)
 
 
-def costs(results: Results, workload: Workload, rounds: int) -> None:
-    """What logging every step to an offline wandb run costs, and how long a save holds up the loop."""
+def logging(results: Results, workload: Workload, rounds: int) -> None:
+    """What logging every step to an offline wandb run costs."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="learnax-bench-"))
         stack.enter_context(_environment(WANDB_MODE="offline", WANDB_SILENT="true"))
         run = Registry("logged", folder).new_run()
         stack.callback(run.finish)
-        saved = {"registry": Registry("saved", folder), "save_every": SAVE_EVERY}
-        contenders = {
-            "learnax": Learnax(workload),
-            "learnax, wandb": Learnax(workload, run=run),
-            "learnax, saves": Learnax(workload, **saved),
-        }
+        contenders = {"learnax": Learnax(workload), "learnax, wandb": Learnax(workload, run=run)}
         for contender in contenders.values():
             stack.callback(contender.close)
         taken = in_turns(contenders, rounds)
-    plain = taken.pop("learnax")
+    _add_step(results, workload, "learnax, wandb", taken["learnax, wandb"])
+    # The plain loop again, in turns with this one: the samples of a ratio are pairs.
     for name, each in taken.items():
-        _add_step(results, workload, name, each)
-    # The plain loop again, in turns with these: the samples of a ratio are pairs.
-    measure = "logging"
-    results.add(workload.name, "learnax", measure, "s", [r.seconds / workload.steps for r in plain])
-    logged = taken["learnax, wandb"]
-    results.add(workload.name, "learnax, wandb", measure, "s", [r.seconds / workload.steps for r in logged])
-    results.compare(workload.name, measure, "learnax, wandb", "learnax")
-    saves = workload.steps // SAVE_EVERY
-    stalls = [(a.seconds - b.seconds) / saves for a, b in zip(taken["learnax, saves"], plain, strict=True)]
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(contenders["learnax, saves"].trainer.train_state))
+        results.add(workload.name, name, "logging", "s", [r.seconds / workload.steps for r in each])
+    results.compare(workload.name, "logging", "learnax, wandb", "learnax")
+
+
+def saving(results: Results, workload: Workload, rounds: int) -> None:
+    """How long a save holds up the loop, and by how much steps are slower while it is written."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="learnax-bench-"))
+        saves = _Saving(workload, registry=Registry("saved", folder), save_every=SAVE_EVERY)
+        contenders = {"learnax": Learnax(workload), "learnax, saves": saves}
+        for contender in contenders.values():
+            stack.callback(contender.close)
+        taken = in_turns(contenders, rounds)
+    count = workload.steps // SAVE_EVERY
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(saves.trainer.train_state))
+    held = [after - before for before, after in itertools.pairwise(saves.held)][1:]
+    written = [after - before for before, after in itertools.pairwise(saves.written)][1:]
+    longer = [
+        (with_saves.seconds - plain.seconds - stall) / seconds
+        for with_saves, plain, stall, seconds in zip(*reversed(taken.values()), held, written, strict=True)
+    ]
+    stalls = [stall / count for stall in held]
     results.add(workload.name, "learnax, saves", STALL, "s", stalls, state_bytes=size)
+    write_s = float(np.median(written)) / count
+    results.add(workload.name, "learnax, saves", SLOWED, "", longer, write_s=write_s)
+
+
+class _Saving(Learnax):
+    """With saves, and what they took up to the end of each round."""
+
+    def __init__(self, workload: Workload, **extra: Any):
+        super().__init__(workload, **extra)
+        self.held, self.written = [0.0], [0.0]
+
+    def settle(self) -> None:
+        """As `Learnax`: a round ends when its saves are on disk, though that is not in its time."""
+        super().settle()
+        checkpointer = self.trainer.checkpointer
+        self.held.append(checkpointer.held)
+        self.written.append(checkpointer.writing)
 
 
 def matrix_rate(dtype: Any) -> float:

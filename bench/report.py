@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.measure import HOST, LATENCY, STALL, STEP, WAITED
+from bench.measure import HOST, LATENCY, SLOWED, STALL, STEP, WAITED
 from bench.processes import DEVICE_MEMORY, MEMORY, START
 from bench.results import Figure, Results
 
@@ -77,6 +77,8 @@ def _others(results: Results, name: str) -> Iterator[str]:
         elif figure.measure in (WAITED, MEMORY, DEVICE_MEMORY, STALL):
             state = f" (state of {size(more['state_bytes'])})" if "state_bytes" in more else ""
             yield f"  {figure.measure}, {who}: {amount(figure)}{state}"
+        elif figure.measure == SLOWED:
+            yield f"  {figure.measure}, {who}: {amount(figure)} (for {seconds(more['write_s'])})"
         elif figure.measure == STEP and "share_of_matrix_rate" in more:
             yield f"  matrix products at {more['share_of_matrix_rate']:.0%} of the rate measured for them alone"
     for c in results.ratios:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.measure import HOST, STALL, STEP
+from bench.measure import HOST, SLOWED, STALL, STEP
 from bench.processes import START
 from bench.report import seconds
 from bench.results import Results
@@ -63,9 +63,11 @@ def _sentences(results: Results) -> Iterator[str]:
     if logged:
         yield f"Logging every step of the wide MLP to an offline wandb run takes {logged.ratio.value:.2f} of the time"
         yield "without."
-    stall = results.find("mlp-2048", "learnax, saves", STALL)
-    if stall:
-        yield f"A checkpoint of it ({stall.more['state_bytes'] / 1e6:.0f} MB) costs the loop {seconds(stall.median)}."
+    stall, slowed = (results.find("mlp-4096", "learnax, saves", measure) for measure in (STALL, SLOWED))
+    if stall and slowed:
+        yield f"A checkpoint of an MLP twice as wide ({stall.more['state_bytes'] / 1e6:.0f} MB) holds the loop for"
+        yield f"{seconds(stall.median)}; while it is written, for {seconds(slowed.more['write_s'])}, steps take"
+        yield f"{slowed.median:.0%} longer."
     host = results.find("mlp-128", "learnax", HOST)
     if host:
         yield f"The loop's own work on the host is {seconds(host.median)} a step of the narrow MLP."

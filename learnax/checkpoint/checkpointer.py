@@ -88,6 +88,11 @@ class Checkpointer:
         self._failure: SaveError | None = None
         self._told: set[str] = set()
 
+    @property
+    def writing(self) -> float:
+        """Seconds that were spent on writing, beside the caller's work."""
+        return self._writer.seconds
+
     def should_save_latest(self, step: int) -> bool:
         """Whether the latest is saved at this step: every `save_every`."""
         return step > 0 and self.save_every is not None and step % self.save_every == 0
