@@ -416,9 +416,9 @@ class Trainer:
             return
         self._running = True
         done = self._done()
-        if self.checkpointer is not None:
-            self.checkpointer.prepare(self.train_state)
         try:
+            if self.checkpointer is not None:
+                self.checkpointer.prepare(self.train_state)
             with self.stops.watched(), self.log.session(done):
                 try:
                     yield
@@ -432,7 +432,7 @@ class Trainer:
                     if self.stops.at_once:
                         self.log.abandon()
         except TimeUpError:
-            pass
+            pass  # a limit that was asked for is no error: what called goes on
         finally:
             self._running = False
             for loader in self.loaders.values():

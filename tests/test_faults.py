@@ -139,6 +139,9 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(tm
     with pytest.raises(NotADirectoryError, match=re.escape(str(tmp_path / "file"))):
         trainer.train()
     assert trainer.log.step == 0
+    (tmp_path / "file").unlink()
+    trainer.train()
+    assert trainer.log.step == 15
 
 
 def test_storage_that_is_slower_than_the_cadence_skips_saves_and_says_so_once(tmp_path, monkeypatch, caplog):

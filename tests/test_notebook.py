@@ -61,6 +61,35 @@ def train(num_workers):
     "losses = train(2)",
     "print(losses == train(0), len(losses))",
 ]
+INTERRUPTED = [
+    *CELLS[:3],
+    """
+import os, signal, threading
+
+class Interrupting(Pairs):
+    left = 1
+
+    def __getitem__(self, index):
+        if index == 21 and self.left:
+            self.left = 0
+            os.kill(os.getpid(), signal.SIGINT)  # what the stop button sends to a kernel
+        return super().__getitem__(index)
+
+trainer = Trainer(
+    Model(), 1e-2, LossPipe([Distance()]), 0, Interrupting(), 3, 8, 0, registry="notebook", steps_per_execution=1
+)
+try:
+    trainer.train()
+except KeyboardInterrupt:
+    print("interrupted at", trainer.log.step, trainer.checkpointer.load_latest()["step"])
+""",
+    """
+trainer.train()
+untouched = Trainer(Model(), 1e-2, LossPipe([Distance()]), 0, Pairs(), 3, 8, 0, steps_per_execution=1)
+untouched.train()
+print(trainer.metrics["train/loss"] == untouched.metrics["train/loss"], len(trainer.metrics["train/loss"]))
+""",
+]
 
 
 # What the packages of the notebook itself deprecate is not ours.
@@ -89,6 +118,17 @@ def test_a_notebook_trains_with_workers_and_shows_its_own_bar(tmp_path, monkeypa
             assert name in numbers["value"]
         assert not [out for out in outputs if out.get("name") == "stderr"]
     assert not in_notebook()
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_interrupted_cell_saves_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in INTERRUPTED])
+    NotebookClient(notebook, timeout=100, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    *_, stopped, went_on = [cell.outputs for cell in notebook.cells]
+    assert text_of(stopped) == "interrupted at 3 3\n"
+    assert text_of(went_on) == "True 15\n"
 
 
 def text_of(outputs):
