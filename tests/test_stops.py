@@ -130,11 +130,13 @@ finally:
 """
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", -2), ("SIGTERM", -15)])
-def test_a_second_signal_leaves_at_once(name, status, tmp_path):
+# Python ends by the signal itself after a KeyboardInterrupt, but with 1 where another thread calls `exec` meanwhile.
+@pytest.mark.parametrize(("name", "statuses"), [("SIGINT", (-2, 1)), ("SIGTERM", (-15,))])
+def test_a_second_signal_leaves_at_once(name, statuses, tmp_path):
     began = time.monotonic()
     done = run_script(HANGING.format(name), tmp_path, check=False)
-    assert done.returncode == status
+    assert done.returncode in statuses
+    assert done.stderr.endswith("\nKeyboardInterrupt\n") is (name == "SIGINT")
     assert time.monotonic() - began < 30  # a run.log that hangs is waited for 60 s
     assert ("left" in done.stdout) is (name == "SIGINT")
     assert "saved" not in done.stderr
