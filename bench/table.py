@@ -66,8 +66,8 @@ def _sentences(results: Results) -> Iterator[str]:
     stall, slowed = (results.find("mlp-4096", "learnax, saves", measure) for measure in (STALL, SLOWED))
     if stall and slowed:
         yield f"A checkpoint of an MLP twice as wide ({stall.more['state_bytes'] / 1e6:.0f} MB) holds the loop for"
-        yield f"{seconds(stall.median)}; while it is written, for {seconds(slowed.more['write_s'])}, steps take"
-        yield f"{slowed.median:.0%} longer."
+        written, longer = seconds(slowed.more["write_s"]), f"{slowed.median:.0%}"
+        yield f"{seconds(stall.median)}; for the {written} in which it is written, steps take {longer} longer."
     host = results.find("mlp-128", "learnax", HOST)
     if host:
         yield f"The loop's own work on the host is {seconds(host.median)} a step of the narrow MLP."

@@ -9,6 +9,7 @@ import random
 import re
 import resource
 import shutil
+import threading
 import time
 
 import jax
@@ -145,15 +146,19 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(tm
 
 
 def test_storage_that_is_slower_than_the_cadence_skips_saves_and_says_so_once(tmp_path, monkeypatch, caplog):
-    write = files.write
-    monkeypatch.setattr(files, "write", lambda *args: (time.sleep(0.3), write(*args)))
+    write, gate = files.write, threading.Semaphore(0)
+    monkeypatch.setattr(files, "write", lambda *args: (gate.acquire(), write(*args)))
     monkeypatch.setattr(writer, "PENDING", 2)
     checkpointer = Checkpointer(tmp_path / "slow", save_every=1, checkpoint_every=10)
-    began = time.monotonic()
-    saved = [step for step in range(1, 30) if checkpointer.maybe_save_checkpoints(make_state(step), step)]
-    took = time.monotonic() - began
-    assert saved == [1, 2, 10]  # 10 waited for room, 20 would have had to wait for another numbered one
-    assert took < 1.0
+    saved = [step for step in range(1, 10) if checkpointer.maybe_save_checkpoints(make_state(step), step)]
+    assert saved == [1, 2]
+    threading.Timer(0.5, gate.release).start()
+    held = checkpointer.held
+    assert checkpointer.maybe_save_checkpoints(make_state(10), 10)  # waits for room: a numbered one is not skipped
+    assert checkpointer.held - held > 0.3
+    # 20 would have to wait for another numbered one.
+    assert not any(checkpointer.maybe_save_checkpoints(make_state(step), step) for step in range(11, 30))
+    gate.release(10)
     checkpointer.wait()
     checkpointer.close()
     assert checkpointer.list_available_checkpoints() == ["latest", 2, 10]
@@ -196,6 +201,7 @@ def test_copies_are_made_into_the_same_memory_again(tmp_path):
     checkpointer.wait()
     (memory,) = checkpointer._camera._free
     addresses = {path: buffer.ctypes.data for path, buffer in memory.items()}
+    checkpointer.prepare(make_state(1))  # as each call of train() does
     for step in (1, 2):
         checkpointer.save_latest(make_state(step), step)
         checkpointer.wait()
@@ -212,6 +218,36 @@ def test_arrays_without_elements_come_back(tmp_path):
     loaded = checkpointer.load_latest()["state"]
     assert_trees_equal(loaded.params, params)
     assert loaded.params["none"].dtype == jnp.bfloat16
+
+
+def test_histories_are_saved_as_they_are_however_they_grew(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "history")
+    resume = {"rng": np.zeros(2, np.uint32), "position": {}}
+    first, rng = [], np.random.default_rng(0)
+    for length in (0, 1, 5, 5, 40):
+        first += rng.normal(size=length - len(first)).tolist()
+        checkpointer.save_latest(make_state(1), 1, resume={**resume, "history": {"loss": first}})
+        assert checkpointer.load_latest()["resume"]["history"]["loss"].tolist() == first
+    for other in ([7.0] * 60, [8.0] * 3, []):  # lists of the same name that are not that one
+        checkpointer.save_latest(make_state(1), 1, resume={**resume, "history": {"loss": other}})
+        assert checkpointer.load_latest()["resume"]["history"]["loss"].tolist() == other
+    checkpointer.save_latest(make_state(1), 1, resume={**resume, "history": {"loss": first[:2]}})
+    assert checkpointer.load_latest()["resume"]["history"]["loss"].tolist() == first[:2]
+
+
+def test_a_best_save_that_failed_is_not_taken_for_the_best(tmp_path, monkeypatch, caplog):
+    checkpointer = Checkpointer(tmp_path / "best", keep_best_checkpoint=True)
+    assert checkpointer.update_best_checkpoint(make_state(1), 1, {"val/loss": 2.0})
+    checkpointer.wait()
+    with monkeypatch.context() as full:
+        full.setattr(files, "write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert checkpointer.update_best_checkpoint(make_state(2), 2, {"val/loss": 1.0})
+        with pytest.raises(SaveError, match="No space left"):
+            checkpointer.wait()
+    assert step_of(checkpointer.load_best()) == 1
+    assert checkpointer.update_best_checkpoint(make_state(3), 3, {"val/loss": 1.5})
+    assert step_of(checkpointer.load_best()) == 3
+    assert not checkpointer.update_best_checkpoint(make_state(4), 4, {"val/loss": 1.75})
 
 
 # ---- files that are not what was written

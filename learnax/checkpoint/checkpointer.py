@@ -84,6 +84,8 @@ class Checkpointer:
         self._history = _History()
         self._pending: list[Entry] = []
         self._number = -1
+        self._best: float | None = None
+        self._knows_best = False
         self._skipped = 0
         self._failure: SaveError | None = None
         self._told: set[str] = set()
@@ -132,11 +134,13 @@ class Checkpointer:
         value = metrics.get(self.best_metric_name) if self.keep_best_checkpoint else None
         if value is None or math.isnan(value):
             return False
-        numbers = self._settled()
-        best = self._load_index().best(numbers)
-        old = None if best is None else self._index.entries[best].best
-        if old is not None and not (value < old if self.minimize_metric else value > old):
+        if not self._knows_best:
+            number = self._load_index().best(self._settled())
+            self._best = None if number is None else self._index.entries[number].best
+            self._knows_best = True
+        if self._best is not None and not (value < self._best if self.minimize_metric else value > self._best):
             return False
+        self._best = float(value)
         self._save(state, Entry(int(step), best=float(value)), metrics, resume)
         return True
 
@@ -305,6 +309,7 @@ class Checkpointer:
             self._tell(error, f"old checkpoints could not be removed: {error}")
 
     def _fail(self, entry: Entry, error: Exception) -> None:
+        self._knows_best = False  # it may have been this one
         whole = max(self._numbers(), default=None)
         left = "there is no whole one yet" if whole is None else f"the newest whole one is {self.path / str(whole)}"
         text = f"the checkpoint of step {entry.step} could not be saved: {files.reason(error)}; {left}"
@@ -454,19 +459,21 @@ class _History:
 
     def __init__(self) -> None:
         self._known: dict[str, np.ndarray] = {}
-        self._lengths: dict[str, int] = {}
+        self._seen: dict[str, tuple[Sequence[float], int]] = {}
 
     def arrays(self, history: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
         """Each history up to now; what it returns holds until the next call."""
         return {name: self._array(name, values) for name, values in history.items()}
 
     def _array(self, name: str, values: Sequence[float]) -> np.ndarray:
-        known, begin, end = self._known.get(name, np.empty(0)), self._lengths.get(name, 0), len(values)
-        begin = begin if begin <= end else 0  # another history of this name
+        known, end = self._known.get(name, np.empty(0)), len(values)
+        seen, begin = self._seen.get(name, (values, 0))
+        if seen is not values or begin > end:  # another history of this name
+            known, begin = np.empty(0), 0
         if end > len(known):
             known = np.concatenate([known[:begin], np.empty(2 * end - begin)])
         known[begin:end] = values[begin:end]
-        self._known[name], self._lengths[name] = known, end
+        self._known[name], self._seen[name] = known, (values, end)
         return known[:end]
 
 

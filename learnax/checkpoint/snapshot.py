@@ -48,7 +48,8 @@ class Camera:
 
     def prepare(self, wanted: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
         """Takes the memory for a first copy, and touches it."""
-        self._free.append({path: np.full(shape, 0, dtype) for path, (shape, dtype) in wanted.items()})
+        if not self._free:
+            self._free.append({path: np.full(shape, 0, dtype) for path, (shape, dtype) in wanted.items()})
 
     def take(self, leaves: Mapping[str, Any]) -> Snapshot:
         """Copies arrays of any library, by name; of one that lies on several devices, the same on each, one."""
