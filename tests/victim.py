@@ -55,7 +55,8 @@ def main(folder, options):
     import jax
     import numpy as np
 
-    from learnax.checkpoint import checkpointer as checkpoints
+    from learnax.checkpoint import files
+    from learnax.checkpoint.folder import Folder
     from learnax.loss import LossPipe
     from learnax.trainer import Trainer
     from tests.helpers import Squared, make_data
@@ -91,8 +92,8 @@ def main(folder, options):
 
         setattr(owner, function, wrapped)
 
-    during(checkpoints.files, "write", "writing", 1, 0)
-    during(checkpoints.Checkpointer, "_remove_old", "writing", 2, 0)
+    during(files, "write", "writing", 1, 0)
+    during(Folder, "tidy", "writing", 2, 0)
     during(Trainer, "_validate", "phase", 2, 1)
     original = Trainer._train_steps
 

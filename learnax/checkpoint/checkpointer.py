@@ -8,9 +8,8 @@ import functools
 import logging
 import math
 import os
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import numpy as np
 
 from learnax.checkpoint import files, legacy
 from learnax.checkpoint.files import DamagedError
-from learnax.checkpoint.index import Entry, Index
+from learnax.checkpoint.folder import Entry, Folder
+from learnax.checkpoint.history import History
 from learnax.checkpoint.snapshot import Camera, Snapshot
 from learnax.checkpoint.trees import as_state
 from learnax.checkpoint.writer import Writer
@@ -26,9 +26,6 @@ from learnax.state import TrainState
 from learnax.utils import leaves_by_path
 
 _logger = logging.getLogger("learnax")
-_INDEX, _REMOVED = "index.json", "removed"
-SPARE = 2
-"""Saves that are kept for being the newest: should one be damaged on disk, there is the one before it."""
 
 
 class SaveError(RuntimeError):
@@ -77,11 +74,11 @@ class Checkpointer:
         self.best_metric_name = best_metric_name
         self.minimize_metric = minimize_metric
         self.held = 0.0
-        self._index = Index(self.path / _INDEX)
+        self._folder = Folder(self.path)
         self._leaves_behind: int | None = None
         self._writer = Writer()
         self._camera = Camera()
-        self._history = _History()
+        self._history = History()
         self._pending: list[Entry] = []
         self._number = -1
         self._best: float | None = None
@@ -135,8 +132,9 @@ class Checkpointer:
         if value is None or math.isnan(value):
             return False
         if not self._knows_best:
-            number = self._load_index().best(self._settled())
-            self._best = None if number is None else self._index.entries[number].best
+            self._writer.wait()
+            number = self._folder.best()
+            self._best = None if number is None else self._folder.entries()[number].best
             self._knows_best = True
         if self._best is not None and not (value < self._best if self.minimize_metric else value > self._best):
             return False
@@ -210,13 +208,13 @@ class Checkpointer:
 
     def list_available_checkpoints(self) -> list[str | int]:
         """What `load_checkpoint` can load: "latest" and "best" where there are such, and each step."""
-        numbers, old = self._settled(), legacy.find(self.path)
-        index = self._load_index()
-        names: list[str | int] = ["latest"] if numbers or old else []
-        if index.best(numbers) is not None or "best" in old:
+        self._writer.wait()
+        entries, old = self._folder.entries(), legacy.find(self.path)
+        names: list[str | int] = ["latest"] if self._folder.numbers() or old else []
+        if self._folder.best() is not None or "best" in old:
             names.append("best")
-        steps = {index.entries[number].step for number in numbers if number in index.entries}
-        return [*names, *sorted(steps | {step for step in old if isinstance(step, int)})]
+        steps = {entry.step for entry in entries.values()} | {step for step in old if isinstance(step, int)}
+        return [*names, *sorted(steps)]
 
     def leave_behind(self, after: int | None) -> None:
         """Tells that the run goes on from a save, or from none: later ones are of another past.
@@ -271,29 +269,33 @@ class Checkpointer:
         resume = resume or {}
         history = self._history.arrays(resume.get("history", {}))
         snapshot = self._camera.take(_leaves(state))
-        more = {
-            **{f"history/{number}": values for number, values in enumerate(history.values())},
-            **({"rng": np.array(resume["rng"])} if "rng" in resume else {}),
-        }
+        parts = {"rng": [np.array(resume["rng"])] if "rng" in resume else [], "history": list(history.values())}
         meta = {
             **entry._asdict(),
             "time": time.time(),
             "metrics": {name: float(value) for name, value in metrics.items()} if metrics else None,
-            "history": list(history),
+            "history": [[name, len(values)] for name, values in history.items()],
             "position": resume.get("position"),
             "script": resume.get("script"),
         }
         self._pending.append(entry)
-        self._writer.submit(functools.partial(self._write, entry, snapshot, more, meta), snapshot.nbytes)
+        self._writer.submit(functools.partial(self._write, entry, snapshot, parts, meta), snapshot.nbytes)
         self.held += time.perf_counter() - began
 
-    def _write(self, entry: Entry, snapshot: Snapshot, more: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    def _write(
+        self, entry: Entry, snapshot: Snapshot, parts: Mapping[str, list[np.ndarray]], meta: Mapping[str, Any]
+    ) -> None:
         """In the writer's thread: one save, and what is no longer wanted after it."""
         try:
-            self._make_folder()
+            if self._leaves_behind is not None:
+                self._folder.set_aside(self._leaves_behind)
+                self._leaves_behind = None
+            self._folder.make()
             # Numbered by themselves, not by their steps: a step may be saved twice, before and after a validation.
-            self._number = 1 + max([self._number, *self._numbers()])
-            files.write(self.path / str(self._number), {**snapshot.arrays, **more}, meta)
+            self._number = 1 + max([self._number, *self._folder.numbers()])
+            # Joined: one more array takes longer to write than what is in it.
+            joined = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
+            files.write(self.path / str(self._number), {**snapshot.arrays, **joined}, meta)
         except Exception as error:
             files.remove_drafts(self.path)  # on a full disk, what is left of it would be in the way of the next
             self._fail(entry, error)
@@ -302,15 +304,15 @@ class Checkpointer:
             self._pending.remove(entry)
             self._camera.give_back(snapshot)
         self._failure = None
-        self._index.add(self._number, entry)
+        self._folder.add(self._number, entry)
         try:
-            self._remove_old()
+            self._folder.tidy(self.max_checkpoints)
         except OSError as error:
             self._tell(error, f"old checkpoints could not be removed: {error}")
 
     def _fail(self, entry: Entry, error: Exception) -> None:
         self._knows_best = False  # it may have been this one
-        whole = max(self._numbers(), default=None)
+        whole = max(self._folder.numbers(), default=None)
         left = "there is no whole one yet" if whole is None else f"the newest whole one is {self.path / str(whole)}"
         text = f"the checkpoint of step {entry.step} could not be saved: {files.reason(error)}; {left}"
         self._failure = SaveError(text)
@@ -333,85 +335,17 @@ class Checkpointer:
                 entry.step,
             )
 
-    def _make_folder(self) -> None:
-        if self._leaves_behind is not None:
-            self._set_aside(self._leaves_behind)
-            self._leaves_behind = None
-        if not self.path.is_dir() or self._number < 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            files.remove_drafts(self.path)
-            self._sweep()
-            self._load_index()
-
-    def _remove_old(self) -> None:
-        """Removes the saves that are neither among the newest nor numbered nor the best."""
-        numbers = self._numbers()
-        numbered = self._index.numbered(numbers)
-        if self.max_checkpoints is not None:
-            numbered = numbered[-self.max_checkpoints :]
-        kept = {*numbers[-SPARE:], *numbered, self._index.best(numbers)}
-        (self.path / _REMOVED).mkdir(exist_ok=True)
-        for number in numbers:
-            if number not in kept:
-                # Renamed, then removed: a kill in between leaves nothing that looks like a whole checkpoint.
-                (self.path / str(number)).rename(self.path / _REMOVED / str(number))
-        self._sweep()
-
-    def _sweep(self) -> None:
-        shutil.rmtree(self.path / _REMOVED, ignore_errors=True)
-
-    def _set_aside(self, after: int) -> None:
-        numbers = [number for number in self._numbers() if number > after]
-        if not numbers:
-            return
-        index = self._load_index()
-        version = 1
-        while (aside := self.path.with_name(f"{self.path.name}.{version}")).exists():
-            version += 1
-        if after < 0:
-            self.path.rename(aside)  # at once: a kill leaves all of it or nothing
-            index.entries.clear()
-        else:
-            aside.mkdir()
-            for number in reversed(numbers):
-                (self.path / str(number)).rename(aside / str(number))
-            index.move_after(after, aside / _INDEX)
-        _logger.warning("%d checkpoint(s) of an earlier run moved to %s", len(numbers), aside)
-
-    def _settled(self) -> list[int]:
-        """Numbers of the saves, when none is being written."""
-        self._writer.wait()
-        return self._numbers()
-
-    def _numbers(self) -> list[int]:
-        """Numbers of the saves that are whole, oldest first."""
-        if not self.path.is_dir():
-            return []
-        # A save has its plain name only once it is whole: orbax writes under another and renames.
-        return sorted(int(entry.name) for entry in self.path.iterdir() if entry.name.isdecimal() and entry.is_dir())
-
-    def _load_index(self) -> Index:
-        """The index as it is on disk; what it lacks, should the file be lost, is read from the saves themselves."""
-        index = self._index.load()
-        for number in self._numbers():
-            if number not in index.entries:
-                with contextlib.suppress(DamagedError):  # told of where it is read
-                    meta = files.read_meta(self.path / str(number))
-                    index.entries[number] = Entry(*(meta[field] for field in Entry._fields))
-        return index
-
     def _resolve(self, checkpoint: Any) -> list[int | Path]:
         """The saves that are meant, by number or by 0.1.0's file, the one to be taken first; none if none is there."""
-        numbers, old = self._settled(), legacy.find(self.path)
-        index = self._load_index()
+        self._writer.wait()
+        entries, old = self._folder.entries(), legacy.find(self.path)
         old_steps = sorted((step for step in old if isinstance(step, int)), reverse=True)
         old_names = [name for name in ("latest", *old_steps) if name in old]
-        newest: list[int | Path] = [*numbers[::-1], *(old[name] for name in old_names)]
+        newest: list[int | Path] = [*self._folder.numbers()[::-1], *(old[name] for name in old_names)]
         if checkpoint is True or (not isinstance(checkpoint, str) and checkpoint == -1):
             return newest
         if isinstance(checkpoint, bool) or not (isinstance(checkpoint, str) or hasattr(checkpoint, "__index__")):
             raise TypeError(f"load_checkpoint must be True, -1, 'best', a step or a run's id, but is {checkpoint!r}")
-        entries = {number: index.entries[number] for number in numbers[::-1] if number in index.entries}
         found: list[int | Path]
         if checkpoint == "best":
             found = [number for number, entry in entries.items() if entry.best is not None]
@@ -441,7 +375,9 @@ class Checkpointer:
             "resume": None,
         }
         if "rng" in tree:
-            history = {name: tree["history"][str(i)] for i, name in enumerate(meta["history"])}
+            names, lengths = zip(*meta["history"], strict=True) if meta["history"] else ((), ())
+            values = np.split(tree["history"], np.cumsum(lengths)[:-1]) if names else []
+            history = dict(zip(names, values, strict=True))
             rest = {"position": meta["position"], **({"script": meta["script"]} if meta["script"] else {})}
             loaded["resume"] = {"rng": tree["rng"], **rest, "history": history}
         return loaded | ({"metrics": meta["metrics"]} if meta["metrics"] else {})
@@ -452,29 +388,6 @@ class Checkpointer:
         if target is not None:
             loaded["state"] = as_state(legacy.as_tree(loaded["state"], target), target, path)
         return {**loaded, "number": -1, "resume": None}
-
-
-class _History:
-    """The metrics' histories as arrays: what grew since the last save is all that is looked at."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, np.ndarray] = {}
-        self._seen: dict[str, tuple[Sequence[float], int]] = {}
-
-    def arrays(self, history: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
-        """Each history up to now; what it returns holds until the next call."""
-        return {name: self._array(name, values) for name, values in history.items()}
-
-    def _array(self, name: str, values: Sequence[float]) -> np.ndarray:
-        known, end = self._known.get(name, np.empty(0)), len(values)
-        seen, begin = self._seen.get(name, (values, 0))
-        if seen is not values or begin > end:  # another history of this name
-            known, begin = np.empty(0), 0
-        if end > len(known):
-            known = np.concatenate([known[:begin], np.empty(2 * end - begin)])
-        known[begin:end] = values[begin:end]
-        self._known[name], self._seen[name] = known, (values, end)
-        return known[:end]
 
 
 def _leaves(state: TrainState) -> dict[str, Any]:

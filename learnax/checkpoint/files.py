@@ -43,7 +43,7 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any
         "checksums": {path: _checksum(array) for path, array in arrays.items() if array.size},
         "empty": {path: [list(array.shape), array.dtype.name] for path, array in arrays.items() if not array.size},
     }
-    sealed = {"content": content, "checksum": _seal(content)}
+    sealed = {"content": content, "checksum": seal(content)}
     tree = as_dicts({path: array for path, array in arrays.items() if array.size})
     args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(sealed))
     _orbax().save(folder, args=args)
@@ -89,7 +89,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         raise _damaged(folder, reason(error)) from error
-    if checksum != _seal(content):
+    if checksum != seal(content):
         raise _damaged(folder, "other content than was written in its meta values")
     return content
 
@@ -122,7 +122,8 @@ def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(data)
 
 
-def _seal(content: Any) -> int:
+def seal(content: Any) -> int:
+    """A checksum of plain values, the same before they are written as JSON and after."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
