@@ -38,23 +38,25 @@ class Packing:
         self.paths = list(leaves)
         self._structure = jax.tree.structure(like)
         self._shapes = [leaf.shape for leaf in leaves.values()]
-        self._small = [leaf.dtype == jnp.float32 and 0 < leaf.size <= SMALL for leaf in leaves.values()]
+        # Of the vector that each leaf takes; none if it is left alone.
+        self._rows = [
+            -(-leaf.size // ROW) if leaf.dtype == jnp.float32 and leaf.size <= SMALL else 0 for leaf in leaves.values()
+        ]
 
     def pack(self, tree: PyTree) -> list[jax.Array]:
         """A tree, packed."""
         leaves = jax.tree.leaves(tree)
-        parts = [leaf.reshape(-1) for leaf, small in zip(leaves, self._small, strict=True) if small]
-        large = [leaf for leaf, small in zip(leaves, self._small, strict=True) if not small]
+        parts = [leaf.reshape(-1) for leaf, rows in zip(leaves, self._rows, strict=True) if rows]
+        large = [leaf for leaf, rows in zip(leaves, self._rows, strict=True) if not rows]
         return [jnp.concatenate([jnp.pad(part, (0, -part.size % ROW)) for part in parts] or [jnp.zeros(0)]), *large]
 
     def unpack(self, packed: list[jax.Array]) -> PyTree:
         """The inverse of `pack`."""
         vector, large = packed[0], iter(packed[1:])
         leaves, start = [], 0
-        for shape, small in zip(self._shapes, self._small, strict=True):
-            size = math.prod(shape)
-            leaves.append(vector[start : start + size].reshape(shape) if small else next(large))
-            start += (size + -size % ROW) * small
+        for shape, rows in zip(self._shapes, self._rows, strict=True):
+            leaves.append(vector[start : start + math.prod(shape)].reshape(shape) if rows else next(large))
+            start += rows * ROW
         return jax.tree.unflatten(self._structure, leaves)
 
     def pack_moments(self, opt_state: PyTree) -> PyTree:
@@ -79,14 +81,13 @@ class Packing:
     def squares(self, packed: list[jax.Array]) -> jax.Array:
         """The sum of the squares of each leaf, float32, `(len(paths),)`: what is not finite in one is in no other."""
         rows = jnp.sum(jnp.square(packed[0]).reshape(-1, ROW), axis=1)
-        counts = [-(-math.prod(shape) // ROW) for shape, small in zip(self._shapes, self._small, strict=True) if small]
-        most, start, each = max(counts, default=0), 0, []
-        for count in counts:
+        most, start, each = max(self._rows, default=0), 0, []
+        for count in filter(None, self._rows):
             each.append(jnp.pad(rows[start : start + count], (0, most - count)))
             start += count
         small = iter(jnp.sum(jnp.stack(each), axis=1)) if each else iter(())
         large = iter(jnp.sum(jnp.square(jnp.abs(leaf).astype(jnp.float32))) for leaf in packed[1:])
-        sums = [next(small) if is_small else next(large) for is_small in self._small]
+        sums = [next(small if count else large) for count in self._rows]
         return jnp.stack(sums) if sums else jnp.zeros(0)
 
     def _is_known(self, tree: Any) -> bool:

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from learnax.checkpoint import Checkpointer, SaveError
+from learnax.checkpoint.folder import Folder
 from learnax.state import TrainState, adam
 from tests.helpers import ROOT, assert_trees_equal
 
@@ -396,6 +397,21 @@ def test_a_past_that_was_left_is_moved_aside_and_can_still_be_read(make, tmp_pat
     assert Checkpointer(aside).list_available_checkpoints() == ["latest", 3]
     assert Checkpointer(aside).load_checkpoint(3)["metrics"] == {"loss": 0.0}
     assert Checkpointer(tmp_path / "checkpoints.2").list_available_checkpoints() == ["latest", 1, 2, 3]
+
+
+def test_a_kill_after_a_past_was_left_leaves_no_word_of_it(make, monkeypatch):
+    checkpointer = make(keep_best_checkpoint=True)
+    checkpointer.save_checkpoint(make_state(1), 1)
+    checkpointer.update_best_checkpoint(make_state(2), 2, {"val/loss": 1.0})
+    checkpointer.close()
+    goes_on = make()
+    goes_on.leave_behind(0)
+    with monkeypatch.context() as killed:
+        killed.setattr(Folder, "add", lambda self, number, entry: None)  # between the save and its entry
+        goes_on.save_latest(make_state(7), 7)
+        goes_on.wait()
+    assert make().list_available_checkpoints() == ["latest", 1, 7]
+    assert step_of(make().load_checkpoint(7)) == 7
 
 
 def test_a_save_that_fails_in_the_background_is_told_of(make, caplog):

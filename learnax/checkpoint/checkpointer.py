@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from learnax.checkpoint import files, legacy
 from learnax.checkpoint.files import DamagedError
-from learnax.checkpoint.folder import Entry, Folder
+from learnax.checkpoint.folder import Entry, Folder, best
 from learnax.checkpoint.history import History
 from learnax.checkpoint.snapshot import Camera, Snapshot
 from learnax.checkpoint.trees import as_state
@@ -133,8 +134,9 @@ class Checkpointer:
             return False
         if not self._knows_best:
             self._writer.wait()
-            number = self._folder.best()
-            self._best = None if number is None else self._folder.entries()[number].best
+            entries = self._folder.entries()
+            number = best(entries)
+            self._best = None if number is None else entries[number].best
             self._knows_best = True
         if self._best is not None and not (value < self._best if self.minimize_metric else value > self._best):
             return False
@@ -211,7 +213,7 @@ class Checkpointer:
         self._writer.wait()
         entries, old = self._folder.entries(), legacy.find(self.path)
         names: list[str | int] = ["latest"] if self._folder.numbers() or old else []
-        if self._folder.best() is not None or "best" in old:
+        if best(entries) is not None or "best" in old:
             names.append("best")
         steps = {entry.step for entry in entries.values()} | {step for step in old if isinstance(step, int)}
         return [*names, *sorted(steps)]
@@ -338,7 +340,8 @@ class Checkpointer:
     def _resolve(self, checkpoint: Any) -> list[int | Path]:
         """The saves that are meant, by number or by 0.1.0's file, the one to be taken first; none if none is there."""
         self._writer.wait()
-        entries, old = self._folder.entries(), legacy.find(self.path)
+        entries = dict(reversed(self._folder.entries().items()))
+        old = legacy.find(self.path)
         old_steps = sorted((step for step in old if isinstance(step, int)), reverse=True)
         old_names = [name for name in ("latest", *old_steps) if name in old]
         newest: list[int | Path] = [*self._folder.numbers()[::-1], *(old[name] for name in old_names)]
@@ -395,7 +398,7 @@ def _leaves(state: TrainState) -> dict[str, Any]:
 
 
 def _size(state: TrainState) -> int:
-    return sum(getattr(leaf, "nbytes", 0) for leaf in _leaves(state).values())
+    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(state))
 
 
 def _first_words(error: Exception) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,19 +54,15 @@ class Folder:
         return sorted(int(entry.name) for entry in self.path.iterdir() if entry.name.isdecimal() and entry.is_dir())
 
     def entries(self) -> dict[int, Entry]:
-        """What each save is, newest first; a damaged one that nothing is known of is left out."""
-        entries = self._known | self._read_index()
-        for number in self.numbers():
+        """What each save is, oldest first; a damaged one that nothing is known of is left out."""
+        numbers, entries = self.numbers(), self._known | self._read_index()
+        for number in numbers:
             if number not in entries:  # a kill came in between, or the index was lost, or the disk was full
                 with contextlib.suppress(DamagedError):  # told of where it is read
                     meta = files.read_meta(self.path / str(number))
                     entries[number] = Entry(*(meta[field] for field in Entry._fields))
-        self._known = {number: entries[number] for number in self.numbers() if number in entries}
-        return dict(reversed(self._known.items()))
-
-    def best(self) -> int | None:
-        """The number of the best save; each best one was better than those before it."""
-        return next((number for number, entry in self.entries().items() if entry.best is not None), None)
+        self._known = {number: entries[number] for number in numbers if number in entries}
+        return self._known
 
     def make(self) -> None:
         """Makes the folder where it is not there, and clears away what a kill left."""
@@ -78,7 +75,7 @@ class Folder:
 
     def add(self, number: int, entry: Entry) -> None:
         """Keeps what a new save is."""
-        self._known = dict(reversed(self.entries().items())) | {number: entry}
+        self._known = self.entries() | {number: entry}
         with contextlib.suppress(OSError):  # what the index lacks, the saves themselves say
             _write_index(self.path / _INDEX, self._known)
 
@@ -90,8 +87,8 @@ class Folder:
         """
         numbers, entries = self.numbers(), self.entries()
         # Of two at one step, the newer.
-        numbered = sorted({e.step: n for n, e in reversed(entries.items()) if e.numbered}.values())
-        kept = {*numbers[-SPARE:], *numbered[-(max_numbered or len(numbered)) :], self.best()}
+        numbered = sorted({entry.step: number for number, entry in entries.items() if entry.numbered}.values())
+        kept = {*numbers[-SPARE:], *numbered[-(max_numbered or len(numbered)) :], best(entries)}
         (self.path / _REMOVED).mkdir(exist_ok=True)
         for number in numbers:
             if number not in kept:
@@ -112,9 +109,11 @@ class Folder:
             self.path.rename(aside)  # at once: a kill leaves all of it or nothing
         else:
             aside.mkdir()
+            _write_index(aside / _INDEX, {number: entries[number] for number in later if number in entries})
+            # Before the numbers are free: a kill must not leave what another save of a number was.
+            _write_index(self.path / _INDEX, {n: entry for n, entry in entries.items() if n <= after})
             for number in reversed(later):
                 (self.path / str(number)).rename(aside / str(number))
-            _write_index(aside / _INDEX, {number: entries[number] for number in later if number in entries})
         self._known = {}
         _logger.warning("%d checkpoint(s) of an earlier run moved to %s", len(later), aside)
 
@@ -125,6 +124,11 @@ class Folder:
             if sealed["checksum"] == files.seal(sealed["content"]):
                 return {int(number): Entry(*entry) for number, entry in sealed["content"].items()}
         return {}
+
+
+def best(entries: Mapping[int, Entry]) -> int | None:
+    """The number of the best of these saves; each best one was better than those before it."""
+    return max((number for number, entry in entries.items() if entry.best is not None), default=None)
 
 
 def _write_index(path: Path, entries: dict[int, Entry]) -> None:
