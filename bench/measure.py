@@ -133,7 +133,7 @@ class _Saving(Learnax):
         """As `Learnax`: a round ends when its saves are on disk, though that is not in its time."""
         super().settle()
         checkpointer = self.trainer.checkpointer
-        self.held.append(checkpointer.held)
+        self.held.append(self.trainer.phases.save.seconds)
         self.written.append(checkpointer.writing)
 
 

@@ -178,28 +178,6 @@ class _StopError(Exception):
     """Ends a training that is paced from outside."""
 
 
-class _Timed:
-    """A loader that keeps how long its reader waited."""
-
-    def __init__(self, loader: Any):
-        self._loader = loader
-        self.waited = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def blocks(self, start: int = 0) -> Iterator[Any]:
-        """The loader's blocks, timed."""
-        blocks = iter(self._loader.blocks(start))
-        while True:
-            began = time.perf_counter()
-            block = next(blocks, None)
-            self.waited += time.perf_counter() - began
-            if block is None:
-                return
-            yield block
-
-
 class _Paced(Trainer):
     """A trainer whose `train` waits before each epoch until it is told to go on."""
 
@@ -210,15 +188,11 @@ class _Paced(Trainer):
         """One epoch, when it is time, and what it took."""
         if not self.go.get():
             raise _StopError
-        loader, calls = self.loaders["train"], self._calls()
-        waited = loader.waited
+        waited, calls = self.phases.data.seconds, self._calls()
         began, host = time.perf_counter(), time.thread_time()
         super().epoch(epoch)
         seconds, host = time.perf_counter() - began, time.thread_time() - host
-        self.done.put(Round(seconds, host, loader.waited - waited, self._calls() - calls))
-
-    def _calls(self) -> int:
-        return sum(program.calls for program in self.engine.programs.values())
+        self.done.put(Round(seconds, host, self.phases.data.seconds - waited, self._calls() - calls))
 
 
 class Learnax:
@@ -242,7 +216,6 @@ class Learnax:
             **extra,
         )
         self.trainer.go, self.trainer.done = queue.SimpleQueue(), queue.SimpleQueue()
-        self.trainer.loaders["train"] = _Timed(self.trainer.loaders["train"])
         self._thread = threading.Thread(target=self._train, name="learnax", daemon=True)
 
     def _train(self) -> None:

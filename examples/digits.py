@@ -18,6 +18,7 @@ import optax
 from sklearn.datasets import load_digits
 
 from learnax.loss import LossFunction, LossPipe
+from learnax.profiling.ledger import TITLES
 from learnax.registry import Registry
 from learnax.trainer import Trainer
 
@@ -152,6 +153,20 @@ def plot_curves(metrics, path):
     save(fig, path)
 
 
+def plot_ledger(ledger, path):
+    """Where the wall time of the run went, a bar for each part, and what holds the run back."""
+    shown = {TITLES[name]: seconds for name, seconds in ledger.seconds.items() if seconds >= 0.002 * ledger.wall}
+    colors = ["tab:blue" if name.startswith("start") else "tab:orange" for name in shown]
+    fig, ax = plt.subplots(figsize=(11, 0.8 + 0.34 * len(shown)), layout="constrained")
+    bars = ax.barh(list(shown), list(shown.values()), color=colors, height=0.7)
+    ax.bar_label(bars, [f"{seconds:.2f} s, {seconds / ledger.wall:.0%}" for seconds in shown.values()], padding=4)
+    ax.invert_yaxis()
+    ax.set(xlabel="seconds", xlim=(0, 1.15 * max(shown.values())))
+    ax.set_title(f"Where {ledger.wall:.1f} s went, {ledger.steps} steps. {ledger.verdict}", loc="left", fontsize=11)
+    ax.spines[["top", "right"]].set_visible(False)
+    save(fig, path)
+
+
 def save(fig, path):
     """Writes a figure where a reader never finds half of it."""
     fig.savefig(path.with_suffix(".part.png"), dpi=110)
@@ -209,12 +224,14 @@ def main():
         sample_plot=plot_samples(plots),
         sample_metrics=noisy_accuracy,
     )
+    print(trainer.preflight())
     print(f"from epoch {trainer.position.epoch} of {trainer.num_epochs}, step {int(trainer.train_state.step)}")
     trainer.train()
     if run is not None:
         run.finish()
     plot_curves(trainer.metrics, plots / "curves.png")
     plot_hardest(trainer.train_state.params, held_out, plots / "held_out.png")
+    plot_ledger(trainer.ledger, plots / "ledger.png")
 
     accuracy = trainer.metrics["val/accuracy"]
     print(f"validation accuracy: {accuracy[-1]:.2%} at the end, {max(accuracy):.2%} at best")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from learnax.data import FirstDatum
 from learnax.loss import Losses
+from learnax.profiling.windows import Window, parse
 from learnax.state import PyTree, init_params
 from learnax.step import AXIS, apply_model, datum_loss, with_axis
 from learnax.utils import describe
@@ -20,6 +22,8 @@ from learnax.utils import describe
 _logger = logging.getLogger("learnax")
 
 
+PROFILE = "LEARNAX_PROFILE"
+"""The variable that names windows to profile where a script does not."""
 _COUNTS = ("num_epochs", "batch_size", "accumulate_steps")
 _CADENCES = ("save_every", "checkpoint_every", "plot_every", "val_every", "sample_every")
 _LIMITS = ("max_checkpoints", "sample_batch_size")
@@ -37,6 +41,17 @@ _NEEDS = {
     "keep_best_checkpoint": "registry",
 }
 """Arguments that do nothing without another one."""
+
+
+def check_profile(given: Any) -> list[Window]:
+    """The windows that `profile` names, or else the variable LEARNAX_PROFILE.
+
+    Raises:
+        TypeError, ValueError: they cannot be read.
+    """
+    if given is not None and not isinstance(given, str):
+        raise TypeError(f"profile must be text, 'cuda:100-110' for instance, or None, but is {given!r}")
+    return parse(os.environ.get(PROFILE), PROFILE) if given is None else parse(given, "profile")
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

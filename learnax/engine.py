@@ -7,16 +7,19 @@ take `jit(shard_map)`, which is what `pmap` is made of, without its leading devi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from learnax.profiling.costs import Costs, costs_of
+from learnax.profiling.phases import Phases
 from learnax.state import PyTree
 from learnax.step import AXIS
 from learnax.utils import leaves_by_path
@@ -54,6 +57,11 @@ class Program:
         self.calls += 1
         return self.compiled(*args)
 
+    @functools.cached_property
+    def costs(self) -> Costs:
+        """What a call costs, by the compiler's count."""
+        return costs_of(self.compiled)
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -81,6 +89,10 @@ Wanted = tuple[Kind, Hashable, tuple[Any, ...]]
 class Engine:
     """Compiles steps for a set of devices, and lays data out on them.
 
+    Args:
+        devices: that a batch is split over.
+        phases: the run's clock; what compiling takes goes there.
+
     Attributes:
         devices: the devices that a batch is split over.
         mapped: whether user code names the mapped axis, so that one device needs it, too.
@@ -88,8 +100,9 @@ class Engine:
         programs: what has been compiled.
     """
 
-    def __init__(self, devices: Sequence[jax.Device]):
+    def __init__(self, devices: Sequence[jax.Device], phases: Phases):
         self.devices = list(devices)
+        self._phases = phases
         self.mesh = Mesh(np.asarray(self.devices), (AXIS,))
         self.mapped = False
         # Programs of several CPU devices that wait for one another's collectives can starve each other of threads.
@@ -158,6 +171,8 @@ class Engine:
                 for key, (kind, args) in missing.items()
                 if key not in self.programs
             }
+            with self._phases.compile:
+                wait(compiling.values())
         for (name, signature), future in compiling.items():
             self.programs[name, signature] = future.result()
 
@@ -176,9 +191,11 @@ class Engine:
             out_shardings=tuple(self.sharding(spec) for spec in kind.outputs),
         )
         began = time.perf_counter()
-        traced = jitted.trace(*args)
+        with self._phases.trace:
+            traced = jitted.trace(*args)
         middle = time.perf_counter()
-        lowered = traced.lower()
+        with self._phases.lower:
+            lowered = traced.lower()
         return kind.name, lowered, {"trace": middle - began, "lower": time.perf_counter() - middle}
 
     @staticmethod

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from learnax.profiling.phases import Phases
 from learnax.sender import sender
 from learnax.step import Scalars
-
-T = TypeVar("T")
 
 _logger = logging.getLogger("learnax")
 _BULK = 16
@@ -79,20 +79,23 @@ class Log:
         run: where metrics go: anything with `log(dict)`, or None.
         in_flight: dispatches that may be unfinished when another one is made.
         steps: training steps of the whole run, for the progress bar.
+        phases: the run's clock.
     """
 
-    def __init__(self, run: Any, in_flight: int, steps: int):
+    def __init__(self, run: Any, in_flight: int, steps: int, phases: Phases):
         self.metrics: dict[str, list[float]] = {}
         self.step = 0
         self._sender = sender(run)
         self._in_flight = in_flight
         self._steps = steps
+        self._phases = phases
         self._pending: deque[_Steps] = deque()
         self._done = 0
         self._on_their_way = 0
         self._bar: Any = None
-        self._waited = self._began = self._last_push = self._last_read = self._last_look = 0.0
-        self._dropped = self._written = 0
+        self._waited_before = self._began = self._last_push = self._last_read = self._last_look = 0.0
+        self.rows = self._rows_before = self._dropped = 0
+        self._shown = False
         self._sent: set[str] = set()
 
     @property
@@ -105,36 +108,25 @@ class Log:
         """Shows a progress bar inside, and leaves with everything written; `done` steps were made before."""
         self._bar = _bar(self._steps, done)
         self._began = self._last_read = time.perf_counter()
-        self._waited, self._written = 0.0, 0
+        self._waited_before, self._rows_before = self._phases.data.seconds, self.rows
+        self._shown = not self._bar.disable
         try:
             yield
         finally:
-            try:
-                self.drain()
-            finally:
-                self._look()
-                self._bar.close()
-                self._bar = None
-                self._sender.close()
-
-    def waiting(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items; the time until each is there counts as waiting for data."""
-        iterator = iter(items)
-        self._last_push = time.perf_counter()
-        while True:
-            began = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self._waited += time.perf_counter() - began
-            yield item
+            with self._phases.log:
+                try:
+                    self.drain()
+                finally:
+                    self._look()
+                    self._bar.close()
+                    self._bar = None
+                    self._sender.close()
 
     def wait_for_room(self) -> None:
         """Waits until no more than `in_flight` dispatches are unfinished; keeps the metrics of the others, in bulk."""
         while len(self._pending) - self._done > self._in_flight:
-            self._pending[self._done].scalars.values.block_until_ready()
+            with self._phases.drain:
+                self._pending[self._done].scalars.values.block_until_ready()
             self._done += 1
         if self._done >= _BULK or (self._done and time.perf_counter() - self._last_read > _BULK_S):
             self._keep_first(self._done)
@@ -154,17 +146,20 @@ class Log:
     @contextlib.contextmanager
     def newest(self) -> Iterator[dict[str, float]]:
         """Waits for the steps in flight, and holds the newest one's metrics open to be added to."""
-        self._keep_first(len(self._pending) - 1)
-        rows = self._read(1)
-        earlier, last = rows.part(slice(-1)), rows.part(slice(-1, None))
-        values = dict(zip(last.names, last.values[0].tolist(), strict=True))
+        with self._phases.log:
+            self._keep_first(len(self._pending) - 1)
+            rows = self._read(1)
+            earlier, last = rows.part(slice(-1)), rows.part(slice(-1, None))
+            values = dict(zip(last.names, last.values[0].tolist(), strict=True))
         try:
             if earlier.steps:  # of the same dispatch; they are not to wait for what is added to the last one
-                self._keep_rows(earlier)
+                with self._phases.log:
+                    self._keep_rows(earlier)
             yield values
         finally:
-            last.values[0] = [values.pop(name) for name in last.names]
-            self._keep_rows(last, values)
+            with self._phases.log:
+                last.values[0] = [values.pop(name) for name in last.names]
+                self._keep_rows(last, values)
 
     def abandon(self) -> None:
         """Forgets what is on its way: nothing is waited for any more."""
@@ -174,7 +169,8 @@ class Log:
 
     def flush(self) -> None:
         """Waits until the run has every row that was kept so far."""
-        self._sender.flush()
+        with self._phases.log:
+            self._sender.flush()
 
     def keep_epoch(self, means: Mapping[str, Mapping[str, float]]) -> list[dict[str, float]]:
         """Keeps each split's means over an epoch; returns them under their full names, a dict for each split."""
@@ -215,24 +211,34 @@ class Log:
         self.step = step
         self.metrics.update({name: np.asarray(values).tolist() for name, values in history.items()})
 
-    def show_epoch(self, epoch: int, epochs: int) -> None:
-        """Names the epoch on the progress bar."""
+    def conclude(self, text: str, values: Mapping[str, float]) -> None:
+        """Writes a last word where the progress bar was, and values to the run's summary, where it has one."""
+        if self._shown:
+            tqdm.write(text, file=sys.stderr)
+        self._sender.summarise(values)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Names the epoch on the progress bar; the time of its first step counts from here."""
+        self._last_push = time.perf_counter()
         if self._bar is not None:
             self._bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
 
     def _keep_first(self, dispatches: int) -> None:
         while dispatches > 0:
-            names = self._pending[0].scalars.names
-            alike = itertools.takewhile(lambda dispatch: dispatch.scalars.names == names, self._pending)  # noqa: B023
-            some = min(dispatches, sum(1 for _ in alike))
-            self._keep_rows(self._read(some))
-            dispatches -= some
+            with self._phases.log:
+                names = self._pending[0].scalars.names
+                alike = itertools.takewhile(lambda dispatch: dispatch.scalars.names == names, self._pending)  # noqa: B023
+                some = min(dispatches, sum(1 for _ in alike))
+                self._keep_rows(self._read(some))
+                dispatches -= some
 
     def _read(self, count: int) -> _Rows:
         """Takes the first dispatches, of the same names, off the device."""
         dispatches = [self._pending.popleft() for _ in range(count)]
         self._done = max(self._done - count, 0)
         self._last_read = time.perf_counter()
+        with self._phases.drain:
+            dispatches[-1].scalars.values.block_until_ready()
         names, epoch = dispatches[0].scalars.names, dispatches[0].epoch
         values = np.concatenate([np.asarray(dispatch.scalars.values)[: dispatch.steps] for dispatch in dispatches])
         self._on_their_way -= len(values)
@@ -252,7 +258,7 @@ class Log:
         named = {_full_name(name): value for name, value in more.items()}
         self._keep(named)
         self._sender.send(rows.named(named), len(rows.steps))
-        self._written += len(rows.steps)
+        self.rows += len(rows.steps)
         if self._bar is not None:
             self._bar.update(len(rows.steps))
             if time.perf_counter() - self._last_look > _REFRESH_S:
@@ -268,8 +274,8 @@ class Log:
         elapsed = max(self._last_look - self._began, 1e-9)
         losses = self.metrics.get("train/loss")
         shown = {"loss": f"{losses[-1]:.4g}"} if losses else {}
-        shown["steps/s"] = f"{self._written / elapsed:.4g}"
-        shown["data"] = f"{self._waited / elapsed:.0%}"
+        shown["steps/s"] = f"{(self.rows - self._rows_before) / elapsed:.4g}"
+        shown["data"] = f"{(self._phases.data.seconds - self._waited_before) / elapsed:.0%}"
         self._bar.set_postfix(shown)
 
     def _tell_dropped(self, step: int, values: Mapping[str, float]) -> None:

@@ -76,6 +76,11 @@ class Run:
         if self.wandb_run is not None:
             self.wandb_run.log(dict(metrics))
 
+    @property
+    def summary(self) -> Any:
+        """The wandb session's summary, to be updated; None without a session."""
+        return None if self.wandb_run is None else self.wandb_run.summary
+
     def finish(self) -> None:
         """Ends the wandb session, with everything written."""
         if self.wandb_run is not None:

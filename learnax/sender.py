@@ -24,6 +24,9 @@ class NoRun:
     def flush(self) -> None:
         """Nothing to wait for."""
 
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Nothing to write to."""
+
     def abandon(self) -> None:
         """Nothing to forget."""
 
@@ -78,6 +81,16 @@ class Sender:
         """Waits until the run has every row; raises as `send` does."""
         self._wait(0)
         self._raise_stop()
+
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Writes values to the run's summary (`run.summary.update`), where it has one."""
+        update = getattr(getattr(self._run, "summary", None), "update", None)
+        if not callable(update):
+            return
+        try:
+            update(dict(values))
+        except Exception as error:
+            _logger.warning("run.summary.update raised %s: %s", type(error).__name__, error)
 
     def abandon(self) -> None:
         """Forgets the rows that wait, and leaves the thread to itself."""

@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,14 @@ from learnax.log import Log, Means
 from learnax.log import in_notebook as in_notebook
 from learnax.loss import LossPipe
 from learnax.plan import RESIDENT_BYTES, plan
+from learnax.preflight import Flight, Preflight
+from learnax.profiling.costs import Costs, peak_of
 from learnax.profiling.cudart import libcudart as libcudart
+from learnax.profiling.ledger import START, Ledger, Setting
+from learnax.profiling.marks import marks_for
+from learnax.profiling.phases import Phases
+from learnax.profiling.profiler import NoProfiler, Profiler, WindowProfiler
+from learnax.profiling.watchdog import Watchdog
 from learnax.programs import Programs
 from learnax.registry import Registry
 from learnax.state import LearningRate, Position, PyTree, adam, fresh_state, key_pair, with_rate
@@ -96,6 +102,8 @@ class Trainer:
         max_seconds: seconds that `train()` may take; after them it stops as for a signal, but returns. None for
             no limit.
         devices: devices that a batch is split over, by default all local ones.
+        profile: steps that a profiler is to look at, `"cuda:100-110"`, `"trace:epoch 2"`, ...; see
+            `learnax.profiling.windows.parse`. By default what `LEARNAX_PROFILE` says, or none.
 
     Raises:
         TypeError: an argument, a loss or a metric of the wrong type.
@@ -149,8 +157,11 @@ class Trainer:
         compilation_cache: str | os.PathLike[str] | bool | None = None,
         max_seconds: float | None = None,
         devices: Sequence[jax.Device] | None = None,
+        profile: str | None = None,
     ):
-        began = time.perf_counter()
+        profiled = checks.check_profile(profile)
+        marks = marks_for(profiled)
+        self.phases = Phases(clock.take_import_seconds(), marks)
         checks.check_arguments(locals())
         self.model = self.transform = model
         self.optimizer = adam(learning_rate) if optimizer is None else optimizer
@@ -182,7 +193,7 @@ class Trainer:
         devices = list(devices or jax.local_devices())
         self.device_count = len(devices)
         checks.check_split(batch_size, self.device_count)
-        self.engine = Engine(devices)
+        self.engine = Engine(devices, self.phases)
         splits = {"train": train_dataset} | ({} if self.train_only else checks.named_splits(val_datasets))
         for name, dataset in splits.items():
             check_dataset(name, dataset, batch_size, accumulate_steps, tail=name != "train")
@@ -213,7 +224,7 @@ class Trainer:
         )
         self.programs = Programs(self.engine, recipe, self.plan.room, with_outputs=plot_pipe is not None)
 
-        self.log = Log(run, self.engine.in_flight, num_epochs * self._epoch_steps)
+        self.log = Log(run, self.engine.in_flight, num_epochs * self._epoch_steps, self.phases)
         self.metrics = self.log.metrics
         self.checkpointer = _checkpointer(
             registry,
@@ -250,15 +261,20 @@ class Trainer:
             self._saves.append(StateSaver(self.checkpointer, self._resume_point))
 
         self.stops = Stops(max_seconds)
+        self.profiler: Profiler = NoProfiler()
+        if profiled:
+            folder = Path("learnax-profile") if self.checkpointer is None else self.checkpointer.path.parent / "profile"
+            self.profiler = WindowProfiler(profiled, folder, self._settle, self.phases, marks)
+        self.watchdog = Watchdog(self._calls, lambda: self.phases.current.name)
         self.rng_seq = self.engine.put(key_pair(seed)[0], SAME)
         self.position = Position()
         self._state: TrainState | None = None
         self._places: dict[str, list[int]] = {}
         self._running = False
         self.maybe_init()
-        self._seconds = {"import": clock.import_seconds, "init": time.perf_counter() - began}
         if compile:
             self._compile()
+        self.phases.ready()
 
     # ---- the run, top to bottom
 
@@ -276,12 +292,12 @@ class Trainer:
         with self._session():
             if self.position.epoch < self.num_epochs:
                 self._compile()
-            self.log.send_once(
-                {"model/num_params": sum(leaf.size for leaf in jax.tree.leaves(self.train_state.params))}
-            )
+            params = jax.tree.leaves(self.train_state.params)
+            self.log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
             for epoch in range(self.position.epoch, self.num_epochs):
                 self.epoch(epoch)
             self._save_last()
+        self.log.conclude(str(self.ledger), self.ledger.summary())
         return self.run
 
     def epoch(self, epoch: int) -> None:
@@ -293,8 +309,8 @@ class Trainer:
         if epoch != self.position.epoch:
             self.position = Position(epoch, 0, self.log.lengths())
         with self._session():
-            self.log.show_epoch(epoch, self.num_epochs)
-            for block in self.log.waiting(self.loaders["train"].blocks(self.position.batch)):
+            self.log.begin_epoch(epoch, self.num_epochs)
+            for block in self.phases.waiting(self.phases.data, self.loaders["train"].blocks(self.position.batch)):
                 for start, count in self._dispatches(block):
                     outputs = self._train_steps(block, start, count)
                     self._act(block, start + count * self.accumulate_steps - 1, outputs)
@@ -313,27 +329,29 @@ class Trainer:
         start = block.first
         while start < len(block):
             left = (len(block) - start) // self.accumulate_steps
-            count = int(min(left, self.plan.room, self._next_due(self.log.step_at_most) - self.log.step_at_most))
+            step = self.log.step_at_most
+            room = min(self.plan.room, self.profiler.room(step, self.position.epoch))
+            count = int(min(left, room, self._next_due(step) - step))
             yield start, count
             start += count * self.accumulate_steps
 
     def _train_steps(self, block: Block, start: int, count: int) -> PyTree:
         """Dispatches training steps; returns the outputs of the last, on the devices, where they are plotted."""
         self.log.wait_for_room()
-        began = time.perf_counter()
-        self._state, self.rng_seq, scalars, outputs = self.programs.train(
-            self.train_state, self.rng_seq, block, start, count
-        )
-        if self._places:
-            self._check_first(began)
+        first = bool(self._places)
+        with self.profiler.steps(self.log.step_at_most, count), self.phases.first if first else self.phases.dispatch:
+            self._state, self.rng_seq, scalars, outputs = self.programs.train(
+                self.train_state, self.rng_seq, block, start, count
+            )
+            if first:
+                self._check_first()
         self.position.batch += count * self.accumulate_steps
         self.log.push(scalars, count, self.position.epoch)
         return outputs
 
-    def _check_first(self, began: float) -> None:
+    def _check_first(self) -> None:
         """Waits for the first dispatch on a state, and says which of its arrays were not updated in place."""
         jax.block_until_ready(self._state)
-        self._seconds.setdefault("first step", time.perf_counter() - began)
         before, self._places = self._places, {}
         after = self.engine.places(self._state)
         moved = [name for name in before if before[name] != after[name]]
@@ -346,7 +364,8 @@ class Trainer:
             )
 
     def _next_due(self, step: int) -> float:
-        return min((act.next_due(step) for act in (*self._shows, *self._saves)), default=math.inf)
+        acts = [act.next_due(step) for act in (*self._shows, *self._saves)]
+        return min([self.profiler.next_due(step), *acts])
 
     def _act(self, block: Block, batch: int, outputs: PyTree) -> None:
         """Plots, samples and saves, at exactly their steps.
@@ -357,27 +376,32 @@ class Trainer:
         if self._next_due(self.log.step_at_most - 1) > self.log.step_at_most:
             return
         with self.log.newest() as metrics:
+            self.profiler.leave(self.log.step, self.position.epoch)  # what follows is not of the step
             if metrics["has_nan"]:  # the step is an old one: what is due at it was done when it was new
                 return
             moment = Moment(self.log.step, self.train_state, block.batch(batch), outputs, metrics)
             shows = [show for show in self._shows if show.next_due(moment.step - 1) == moment.step]
             if shows:
                 self.log.flush()  # what a user's function finds logged does not depend on the speed of the run
-            for show in shows:
-                metrics |= show(moment)
+                with self.phases.plot:
+                    for show in shows:
+                        metrics |= show(moment)
         # After the step's metrics are kept: a checkpoint holds the history up to its step.
-        for save in self._saves:
-            if save.next_due(moment.step - 1) == moment.step:
-                save(moment)
+        saves = [save for save in self._saves if save.next_due(moment.step - 1) == moment.step]
+        if saves:
+            with self.phases.save:
+                for save in saves:
+                    save(moment)
 
     def _validate(self, name: str, seq: jax.Array) -> tuple[dict[str, float], jax.Array]:
         """Evaluates one validation set, every datum once: its means, and the random sequence after it."""
         means = Means(self.engine.in_flight)
-        for block in self.log.waiting(self.loaders[name].blocks()):
-            seq, sums = self.programs.evaluate(self.train_state, seq, block)
-            means.push(sums, len(block), block.size)
-            self.stops.check()
-        return means.result(), seq
+        with self.phases.validate:
+            for block in self.phases.waiting(self.phases.validate_data, self.loaders[name].blocks()):
+                seq, sums = self.programs.evaluate(self.train_state, seq, block)
+                means.push(sums, len(block), block.size)
+                self.stops.check()
+            return means.result(), seq
 
     def _end_epoch(self, epoch: int, means: Mapping[str, Mapping[str, float]], seq: jax.Array) -> None:
         named = self.log.keep_epoch(means)
@@ -386,15 +410,18 @@ class Trainer:
         self.position = Position(epoch + 1, 0, self.log.lengths())
         if self.checkpointer is not None and made_now:
             latest = {name: values[-1] for name, values in self.metrics.items()}
-            self.checkpointer.update_best_checkpoint(self.train_state, self.log.step, latest, self._resume_point())
+            with self.phases.save:
+                self.checkpointer.update_best_checkpoint(self.train_state, self.log.step, latest, self._resume_point())
         for values in named:
             self.log.send({**values, "step": self.log.step, "epoch": epoch})
+        self.profiler.leave(self.log.step, epoch + 1)
 
     def _save_last(self) -> None:
         """Saves the end of the run, so that nothing of it is lost between two saves."""
         if self.checkpointer is not None:
-            self.checkpointer.save_latest(self.train_state, self.log.step, None, self._resume_point())
-            self.checkpointer.wait()
+            with self.phases.save:
+                self.checkpointer.save_latest(self.train_state, self.log.step, None, self._resume_point())
+                self.checkpointer.wait()
 
     def _save_stopped(self, why: BaseException) -> None:
         """Saves a run that is about to end before its time."""
@@ -416,29 +443,33 @@ class Trainer:
             return
         self._running = True
         done = self._done()
-        try:
-            if self.checkpointer is not None:
-                self.checkpointer.prepare(self.train_state)
-            with self.stops.watched(), self.log.session(done):
-                try:
-                    yield
-                except SaveError:
-                    raise
-                except BaseException as error:
-                    if self._done() > done and not self.stops.at_once:
-                        self._save_stopped(error)
-                    raise
-                finally:
-                    if self.stops.at_once:
-                        self.log.abandon()
-        except TimeUpError:
-            pass  # a limit that was asked for is no error: what called goes on
-        finally:
-            self._running = False
-            for loader in self.loaders.values():
-                loader.close()
-            if self.checkpointer is not None and not self.stops.at_once:
-                self.checkpointer.close()
+        with self.phases.other, self.watchdog.watching():
+            try:
+                if self.checkpointer is not None:
+                    with self.phases.save:
+                        self.checkpointer.prepare(self.train_state)
+                with self.stops.watched(), self.log.session(done):
+                    try:
+                        with contextlib.closing(self.profiler):
+                            yield
+                    except SaveError:
+                        raise
+                    except BaseException as error:
+                        if self._done() > done and not self.stops.at_once:
+                            self._save_stopped(error)
+                        raise
+                    finally:
+                        if self.stops.at_once:
+                            self.log.abandon()
+            except TimeUpError:
+                pass  # a limit that was asked for is no error: what called goes on
+            finally:
+                self._running = False
+                for loader in self.loaders.values():
+                    loader.close()
+                if self.checkpointer is not None and not self.stops.at_once:
+                    with self.phases.save:
+                        self.checkpointer.close()
 
     def _done(self) -> int:
         """Steps that the position in the data is at."""
@@ -448,13 +479,61 @@ class Trainer:
     def startup(self) -> dict[str, float]:
         """Seconds that the start took, so far: import, init, trace, lower, compile, first step.
 
-        `trace`, `lower` and `compile` are sums over the programs; several are compiled side by side. `first
-        step` is the first dispatch, from the call until its result is there.
+        Import is that of the process, told to its first trainer. Programs are compiled side by side, `compile` is
+        what was waited for them. `first step` is the first dispatch on a state, until its result is there.
         """
-        programs = self.engine.programs.values()
-        work = {name: sum(p.seconds[name] for p in programs) for name in ("trace", "lower", "compile")}
-        rest = dict(self._seconds)
-        return {"import": rest.pop("import"), "init": rest.pop("init"), **work, **rest}
+        seconds = self.phases.seconds()
+        return {name: seconds[name] for name in START}
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where the time went so far, from the import on; between two calls of the trainer no time counts."""
+        used = sorted(self.engine.programs.values(), key=lambda program: -program.calls)
+        setting = Setting(
+            platform=self.engine.devices[0].platform,
+            devices=self.device_count,
+            room=self.plan.room,
+            batches=self.accumulate_steps if self.plan.looped else 1,
+            num_workers=self.num_workers,
+            overlaps=self.engine.in_flight > 0,
+            peak=peak_of(self.engine.devices[0]),
+        )
+        costs: dict[str, Costs] = {}
+        for program in used:
+            if program.calls:
+                costs.setdefault(program.kind, program.costs)
+        return Ledger(self.phases.seconds(), self.log.rows, costs, setting)
+
+    def preflight(self) -> Preflight:
+        """Finds out what the run will take, by a few steps, a batch of each validation, and a save that is read again.
+
+        It compiles what the run needs. The trainer stays as it was, state, position and metrics.
+
+        Returns:
+            Memory, FLOPs, times, where data are read, what donation achieves; printed, a table.
+
+        Raises:
+            MemoryError: the devices cannot hold the run.
+            RuntimeError: the run is under way.
+        """
+        if self._running:
+            raise RuntimeError("preflight() is for before train(): the run is under way")
+        self._compile()
+        flight = Flight(self.engine, self.programs, self.plan, self.loaders, self.accumulate_steps, self._epoch_steps)
+        kept = jax.tree.map(np.array, self.train_state)  # a step takes over the buffers
+        try:
+            return flight.fly(self.train_state, self.rng_seq, self._resume_point())
+        finally:
+            self.train_state = kept
+
+    def _calls(self) -> int:
+        """Dispatches made so far."""
+        return sum(program.calls for program in list(self.engine.programs.values()))
+
+    def _settle(self) -> None:
+        """Waits for all steps that were dispatched."""
+        if not self.stops.at_once:
+            jax.block_until_ready(self._state)
 
     # ---- the state
 

@@ -12,7 +12,7 @@ PACKAGE = Path(learnax.__file__).parent
 # From the top down: a room imports rooms of later rows only, or of its own package.
 ROOMS = [
     ["trainer"],
-    ["actions", "checks"],
+    ["actions", "checks", "preflight"],
     ["programs", "registry"],
     ["run"],
     ["log", "engine", "checkpoint", "data", "plan"],

@@ -74,7 +74,6 @@ class Checkpointer:
         self.keep_best_checkpoint = keep_best_checkpoint
         self.best_metric_name = best_metric_name
         self.minimize_metric = minimize_metric
-        self.held = 0.0
         self._folder = Folder(self.path)
         self._leaves_behind: int | None = None
         self._writer = Writer()
@@ -266,7 +265,6 @@ class Checkpointer:
     def _save(
         self, state: TrainState, entry: Entry, metrics: Mapping[str, float] | None, resume: Mapping[str, Any] | None
     ) -> None:
-        began = time.perf_counter()
         self._writer.wait_for_room(_size(state))
         resume = resume or {}
         history = self._history.arrays(resume.get("history", {}))
@@ -282,7 +280,6 @@ class Checkpointer:
         }
         self._pending.append(entry)
         self._writer.submit(functools.partial(self._write, entry, snapshot, parts, meta), snapshot.nbytes)
-        self.held += time.perf_counter() - began
 
     def _write(
         self, entry: Entry, snapshot: Snapshot, parts: Mapping[str, list[np.ndarray]], meta: Mapping[str, Any]

@@ -99,6 +99,11 @@ class Loader:
         if left >= 0:
             self._resident = kept
 
+    def kept(self, block: Block) -> int:
+        """Bytes of a whole pass of blocks like this one, if it stays on the devices; 0 if it does not."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(block.device)) * -(-len(self) // self.room)
+        return size if size <= self._budget else 0
+
     def first(self, *, repeat_datum: bool) -> list[Any]:
         """The first batch, read here; or one of its first datum alone, repeated."""
         indices = range(1) if repeat_datum else self._ranges[0]
@@ -182,6 +187,10 @@ class Repeated:
             self._block = Block(host, device, size, self._loader.batch_size, signature_of(device))
         if start < self._length:
             yield dataclasses.replace(self._block, first=start)
+
+    def kept(self, block: Block) -> int:
+        """Bytes of the batch, which stays on the devices."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(block.device))
 
     def close(self) -> None:
         """Nothing to end: the batch was read once."""
