@@ -4,10 +4,12 @@ VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
 ARGS ?=
 DEVICES ?=
+WORKLOAD ?= mlp-128
+SCRIPT ?= -m bench.train $(WORKLOAD)
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: train test check test-floor soak bench bench-compare clean
+.PHONY: train test check test-floor soak bench bench-compare profile nsys ncu clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -37,6 +39,14 @@ bench: $(VENV)/.bench
 # make bench-compare BASE=old.json NEW=new.json: fails, by name, where something got slower beyond noise.
 bench-compare: $(VENV)/.bench
 	$(BIN)/python -m bench.compare $(BASE) $(NEW)
+
+# Where the time goes in a workload of the benchmark, or in SCRIPT="examples/digits.py --epochs 3": the host's by
+# sampling, a timeline of kernels, counters of each kernel. ARGS are options of `python -m learnax.profiling`.
+profile: $(INSTALLED)
+	$(BIN)/python -m learnax.profiling py-spy --out out/profile $(ARGS) $(SCRIPT)
+
+nsys ncu: $(INSTALLED)
+	$(BIN)/python -m learnax.profiling $@ --out out/profile $(ARGS) $(SCRIPT)
 
 $(VENV)/.bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'

@@ -157,12 +157,12 @@ def plot_ledger(ledger, path):
     """Where the wall time of the run went, a bar for each part, and what holds the run back."""
     shown = {TITLES[name]: seconds for name, seconds in ledger.seconds.items() if seconds >= 0.002 * ledger.wall}
     colors = ["tab:blue" if name.startswith("start") else "tab:orange" for name in shown]
-    fig, ax = plt.subplots(figsize=(11, 0.8 + 0.34 * len(shown)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(11, 1.1 + 0.34 * len(shown)), layout="constrained")
     bars = ax.barh(list(shown), list(shown.values()), color=colors, height=0.7)
     ax.bar_label(bars, [f"{seconds:.2f} s, {seconds / ledger.wall:.0%}" for seconds in shown.values()], padding=4)
     ax.invert_yaxis()
     ax.set(xlabel="seconds", xlim=(0, 1.15 * max(shown.values())))
-    ax.set_title(f"Where {ledger.wall:.1f} s went, {ledger.steps} steps. {ledger.verdict}", loc="left", fontsize=11)
+    fig.suptitle(f"Where the {ledger.wall:.1f} s of {ledger.steps} steps went\n{ledger.verdict}", fontsize=11)
     ax.spines[["top", "right"]].set_visible(False)
     save(fig, path)
 

@@ -127,7 +127,8 @@ class Flight:
         """
         params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        costs = {program.kind: program.costs for program in self._engine.programs.values()}
+        programs = sorted(self._engine.programs.values(), key=lambda program: program.kind != "train")
+        costs = {program.kind: program.costs for program in programs}
         block, read_s = self._read("train")
         memory = max(cost.memory for cost in costs.values()) + self._kept(block)
         capacity = min((memory_of(device) or 0 for device in self._engine.devices), default=0) or None

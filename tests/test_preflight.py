@@ -104,7 +104,9 @@ def test_a_run_that_the_devices_cannot_hold_is_an_error_and_nothing_is_dispatche
     monkeypatch.setattr(preflight, "memory_of", lambda device: 1000)
     trainer = make_trainer()
     before = host(trainer.train_state)
-    with pytest.raises(MemoryError, match=r"^the run takes [\d.]+ kB on each device, which has 1 kB: a smaller batch_s"):
+    with pytest.raises(
+        MemoryError, match=r"^the run takes [\d.]+ kB on each device, which has 1 kB: a smaller batch_s"
+    ):
         trainer.preflight()
     assert_trees_equal(trainer.train_state, before)
     assert trainer._calls() == 0

@@ -271,9 +271,9 @@ def traced(folder):
 @pytest.mark.parametrize("number", [1, 4])
 def test_a_trace_holds_exactly_its_steps(number, tmp_path):
     devices = jax.devices()[:number]
-    trainer = make_trainer(
-        train_dataset=make_data(320), devices=devices, registry=Registry("tests", tmp_path), profile="trace:2-7,trace:20-35"
-    )  # fmt: skip
+    windows = "trace:2-7, trace:20-35"
+    registry = Registry("tests", tmp_path)
+    trainer = make_trainer(train_dataset=make_data(320), devices=devices, registry=registry, profile=windows)
     trainer.train()
     folder = trainer.checkpointer.path.parent / "profile"
     assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-20"]

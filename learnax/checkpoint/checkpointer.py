@@ -52,9 +52,6 @@ class Checkpointer:
         keep_best_checkpoint: whether `update_best_checkpoint` does anything.
         best_metric_name: the metric that "best" is judged by.
         minimize_metric: whether smaller is better.
-
-    Attributes:
-        held: seconds that saves have held up their callers.
     """
 
     def __init__(
