@@ -31,8 +31,9 @@ class Moment:
     Attributes:
         step: updates made, this one included.
         state: the state after it, on the devices; the next step takes over its buffers.
-        batch: what it was trained on, on the host: arguments with leaves `(batch_size, ...)`.
-        outputs: the model's outputs, on the devices; None where no action asks for them.
+        batch: what it was trained on, on the host: arguments with leaves `(batch_size, ...)`; empty where nothing is
+            shown.
+        outputs: the model's outputs, on the host; None where no action asks for them.
         metrics: the step's metrics.
     """
 

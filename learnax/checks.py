@@ -43,6 +43,30 @@ _NEEDS = {
 """Arguments that do nothing without another one."""
 
 
+def comparable(
+    given: Mapping[str, Any], splits: Mapping[str, Any], data: Mapping[str, FirstDatum], state: PyTree
+) -> dict[str, str]:
+    """What all processes of a run must have alike, in words.
+
+    Args:
+        given: the trainer's arguments by name.
+        splits: the datasets by name.
+        data: the first datum of each.
+        state: the training state's shapes.
+    """
+    plain = (bool, int, float, str, type(None))
+    # Each process may have its own run and its own view of the devices.
+    facts = {
+        name: repr(value) if isinstance(value, plain) else "given"
+        for name, value in given.items()
+        if name not in ("self", "run", "registry", "devices", "profile", "compilation_cache", "num_workers")
+    }
+    facts |= {f"len({name})": str(len(dataset)) for name, dataset in splits.items()}
+    facts |= {f"data of {name}": describe(datum.arguments) for name, datum in data.items()}
+    facts["registry"] = "None" if given["registry"] is None else "given"
+    return facts | {"parameters and optimiser's state": describe(state)}
+
+
 def check_profile(given: Any) -> list[Window]:
     """The windows that `profile` names, or else the variable LEARNAX_PROFILE.
 

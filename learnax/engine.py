@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -94,14 +95,20 @@ class Engine:
         phases: the run's clock; what compiling takes goes there.
 
     Attributes:
-        devices: the devices that a batch is split over.
+        devices: the devices that a batch is split over, those of a process side by side.
+        spans: whether some of them belong to other processes.
+        share: this process's part of a batch: the first of `len(devices)` equal parts and the one after its last.
         mapped: whether user code names the mapped axis, so that one device needs it, too.
         in_flight: dispatches that may be unfinished when another one is made.
         programs: what has been compiled.
     """
 
     def __init__(self, devices: Sequence[jax.Device], phases: Phases):
-        self.devices = list(devices)
+        here = jax.process_index()
+        self.devices = sorted(devices, key=lambda device: device.process_index)
+        mine = [place for place, device in enumerate(self.devices) if device.process_index == here]
+        self.spans = len(mine) < len(self.devices)
+        self.share = (mine[0], mine[-1] + 1)
         self._phases = phases
         self.mesh = Mesh(np.asarray(self.devices), (AXIS,))
         self.mapped = False
@@ -111,8 +118,33 @@ class Engine:
         self._scalars: dict[int, jax.Array] = {}
 
     def put(self, tree: PyTree, spec: PartitionSpec) -> PyTree:
-        """Starts the transfer of a tree to the devices."""
-        return jax.device_put(tree, self.sharding(spec))
+        """Starts the transfer of a tree to the devices; of what is split, each process gives its own part."""
+        sharding = self.sharding(spec)
+        if not self.spans:
+            return jax.device_put(tree, sharding)
+
+        def put(leaf: Any) -> jax.Array:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+            shape = None if spec != SAME else leaf.shape
+            return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), shape)
+
+        return jax.tree.map(put, tree)
+
+    def spread(self, tree: PyTree, spec: PartitionSpec) -> PyTree:
+        """`put` of a tree that each process has whole."""
+        if not self.spans:
+            return self.put(tree, spec)
+        sharding = self.sharding(spec)
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__), tree
+        )
+
+    def whole(self, tree: PyTree) -> PyTree:
+        """A tree from the devices, on each process's host: from all of its parts. All processes call it."""
+        if self.spans:
+            tree = jax.jit(lambda tree: tree, out_shardings=self.sharding(SAME))(tree)
+        return jax.tree.map(np.asarray, tree)
 
     def scalar(self, value: int) -> jax.Array:
         """A whole number on the devices; few of them come up, again and again."""
@@ -135,6 +167,12 @@ class Engine:
         # Only a copy of what is laid out already is sure to be one: a CPU device goes on using numpy's memory where
         # it can, and a device the buffer that it has a share in. Leaf by leaf: no second state is there in between.
         def copy(leaf: Any) -> jax.Array:
+            if self.spans:
+                value = np.asarray(leaf)
+                places = sharding.addressable_devices_indices_map(value.shape)
+                held = [jax.device_put(value[place], device) for device, place in places.items()]
+                parts = [jax.device_put(part, part.device, may_alias=False) for part in held]
+                return jax.make_array_from_single_device_arrays(value.shape, sharding, parts)
             held = jax.device_put(leaf if isinstance(leaf, jax.Array) else np.array(leaf), sharding)
             return jax.device_put(held, sharding, may_alias=False)
 

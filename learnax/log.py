@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from learnax.processes import Processes
 from learnax.profiling.phases import Phases
 from learnax.sender import sender
 from learnax.step import Scalars
@@ -80,12 +81,14 @@ class Log:
         in_flight: dispatches that may be unfinished when another one is made.
         steps: training steps of the whole run, for the progress bar.
         phases: the run's clock.
+        processes: of the run: the first one logs and draws.
     """
 
-    def __init__(self, run: Any, in_flight: int, steps: int, phases: Phases):
+    def __init__(self, run: Any, in_flight: int, steps: int, phases: Phases, processes: Processes):
         self.metrics: dict[str, list[float]] = {}
         self.step = 0
-        self._sender = sender(run)
+        self._sender = sender(run if processes.first else None)
+        self._processes = processes
         self._in_flight = in_flight
         self._steps = steps
         self._phases = phases
@@ -106,7 +109,7 @@ class Log:
     @contextlib.contextmanager
     def session(self, done: int) -> Iterator[None]:
         """Shows a progress bar inside, and leaves with everything written; `done` steps were made before."""
-        self._bar = _bar(self._steps, done)
+        self._bar = _bar(self._steps, done, shown=self._processes.first)
         self._began = self._last_read = time.perf_counter()
         self._waited_before, self._rows_before = self._phases.data.seconds, self.rows
         self._shown = not self._bar.disable
@@ -128,7 +131,10 @@ class Log:
             with self._phases.drain:
                 self._pending[self._done].scalars.values.block_until_ready()
             self._done += 1
-        if self._done >= _BULK or (self._done and time.perf_counter() - self._last_read > _BULK_S):
+        # Where a dispatch is cut depends on what is known of the steps before, which several processes must know alike:
+        # they ask no clock.
+        late = self._processes.count > 1 or time.perf_counter() - self._last_read > _BULK_S
+        if self._done >= _BULK or (self._done and late):
             self._keep_first(self._done)
 
     def push(self, scalars: Scalars, count: int, epoch: int) -> None:
@@ -161,10 +167,14 @@ class Log:
                 last.values[0] = [values.pop(name) for name in last.names]
                 self._keep_rows(last, values)
 
-    def abandon(self) -> None:
-        """Forgets what is on its way: nothing is waited for any more."""
+    def forget(self) -> None:
+        """Forgets the steps on their way: the devices are not waited for any more."""
         self._pending.clear()
         self._done = self._on_their_way = 0
+
+    def abandon(self) -> None:
+        """Forgets all that is on its way: nothing is waited for any more."""
+        self.forget()
         self._sender.abandon()
 
     def flush(self) -> None:
@@ -331,8 +341,10 @@ def _full_name(name: str) -> str:
     return name if name.startswith("grads/") else f"train/{name}"
 
 
-def _bar(total: int, done: int) -> Any:
+def _bar(total: int, done: int, *, shown: bool) -> Any:
     options: dict[str, Any] = {"total": total, "initial": done, "unit": "step", "dynamic_ncols": True}
+    if not shown:
+        return tqdm(**options, disable=True)
     if in_notebook():
         from tqdm.notebook import tqdm as notebook_tqdm
 

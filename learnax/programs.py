@@ -98,7 +98,7 @@ class Programs:
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         host = arranged(batch, datum, self._recipe.batch_size, self._recipe.shards)
-        data = self._engine.put(host, SPLIT)
+        data = self._engine.spread(host, SPLIT)
         owned = self._engine.own(state._replace(step=np.int32(state.step)))
         args = (owned, self._engine.put(key, SAME), data)
         return self._engine.program(self._update, signature_of(data), args)(*args)

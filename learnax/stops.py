@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from learnax.processes import Processes
+
+_TIME_UP = 1000
+"""The end of the time, among the numbers of signals."""
+
 
 class TimeUpError(Exception):
     """The time that a run was given is over."""
@@ -24,13 +29,18 @@ class Stops:
 
     Args:
         max_seconds: after which `check` raises; None for never.
+        processes: of the run: all of them stop after the same dispatch, for what came to any of them.
 
     Attributes:
         at_once: whether a second signal came.
+        agreed: whether `check` has raised.
     """
 
-    def __init__(self, max_seconds: float | None):
-        self.at_once = False
+    def __init__(self, max_seconds: float | None, processes: Processes):
+        self.at_once = self.agreed = False
+        self._processes = processes
+        # JAX's service listens to SIGTERM, and tells the other processes.
+        self._numbers = (signal.SIGINT,) if processes.count > 1 else (signal.SIGINT, signal.SIGTERM)
         self._max_seconds = max_seconds
         self._until: float | None = None
         self._signal: int | None = None
@@ -42,11 +52,11 @@ class Stops:
         Only the main thread can take signals over; in another one, they act as ever. A handler of the user's own
         is called at the end; a signal that is ignored stays so.
         """
-        self._signal, self.at_once = None, False
+        self._signal, self.at_once, self.agreed = None, False, False
         self._until = None if self._max_seconds is None else time.monotonic() + self._max_seconds
         handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            handlers = {number: signal.getsignal(number) for number in self._numbers}
             handlers = {number: old for number, old in handlers.items() if old not in (None, signal.SIG_IGN)}
         for number in handlers:
             signal.signal(number, self._keep)
@@ -56,18 +66,18 @@ class Stops:
             # What goes wrong while a signal is pending, a worker that got it too for one, goes wrong because of it.
             if self._signal is None:
                 raise
-            raise self._leave() from error
+            raise _leave(self._signal) from error
         finally:
             for number, old in handlers.items():
                 signal.signal(number, old)
             if self._signal is not None and not self.at_once:
-                _call_own(handlers[self._signal], self._signal)
+                _call_own(handlers.get(self._signal), self._signal)
         if self._signal is not None:
-            raise self._leave()
+            raise _leave(self._signal)
 
     @property
     def reason(self) -> str | None:
-        """The name of the signal that is kept."""
+        """The name of the signal that is kept, or that another process was sent."""
         return None if self._signal is None else signal.Signals(self._signal).name
 
     def check(self) -> None:
@@ -78,15 +88,17 @@ class Stops:
             SystemExit: SIGTERM came; its status is 143, as the shell has it for that signal.
             TimeUpError: the time is over.
         """
-        if self._signal is not None:
-            raise self._leave()
-        if self._until is not None and time.monotonic() >= self._until:
+        mine = self._signal or 0
+        if not mine and self._until is not None and time.monotonic() >= self._until:
+            mine = _TIME_UP
+        wanted = self._processes.stop_wanted(mine)
+        if not wanted:
+            return
+        self.agreed = True
+        if wanted == _TIME_UP:
             raise TimeUpError(f"max_seconds={self._max_seconds:g} are over")
-
-    def _leave(self) -> BaseException:
-        if self._signal == signal.SIGINT:
-            return KeyboardInterrupt()
-        return SystemExit(128 + int(self._signal or 0))
+        self._signal = wanted
+        raise _leave(wanted)
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         # Nothing is logged here: a handler runs in the midst of anything, a write to the terminal for one.
@@ -98,6 +110,10 @@ class Stops:
             raise KeyboardInterrupt
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
+
+def _leave(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _call_own(handler: Any, number: int) -> None:

@@ -27,6 +27,7 @@ from learnax.log import in_notebook as in_notebook
 from learnax.loss import LossPipe
 from learnax.plan import RESIDENT_BYTES, plan
 from learnax.preflight import Flight, Preflight
+from learnax.processes import processes_of
 from learnax.profiling.costs import Costs, peak_of
 from learnax.profiling.cudart import libcudart as libcudart
 from learnax.profiling.ledger import START, Ledger, Setting
@@ -101,7 +102,7 @@ class Trainer:
             what `LEARNAX_COMPILATION_CACHE` says (a folder or "off"), or a folder among the user's caches.
         max_seconds: seconds that `train()` may take; after them it stops as for a signal, but returns. None for
             no limit.
-        devices: devices that a batch is split over, by default all local ones.
+        devices: devices that a batch is split over, by default all there are, those of other processes included.
         profile: steps that a profiler is to look at, `"cuda:100-110"`, `"trace:epoch 2"`, ...; see
             `learnax.profiling.windows.parse`. By default what `LEARNAX_PROFILE` says, or none.
 
@@ -162,7 +163,8 @@ class Trainer:
         profiled = checks.check_profile(profile)
         marks = marks_for(profiled)
         self.phases = Phases(clock.take_import_seconds(), marks)
-        checks.check_arguments(locals())
+        given = dict(locals())
+        checks.check_arguments(given)
         self.model = self.transform = model
         self.optimizer = adam(learning_rate) if optimizer is None else optimizer
         self._own_optimizer = optimizer is None
@@ -190,7 +192,8 @@ class Trainer:
         self.best_metric_name = best_metric_name
 
         use_cache(compilation_cache)
-        devices = list(devices or jax.local_devices())
+        devices = list(devices or jax.devices())
+        self.processes = processes_of(devices)
         self.device_count = len(devices)
         checks.check_split(batch_size, self.device_count)
         self.engine = Engine(devices, self.phases)
@@ -198,6 +201,9 @@ class Trainer:
         for name, dataset in splits.items():
             check_dataset(name, dataset, batch_size, accumulate_steps, tail=name != "train")
         self._data = {name: first_datum(name, dataset) for name, dataset in splits.items()}
+        if self.processes.count > 1:
+            shapes = jax.eval_shape(self.init_train_state)
+            self.processes.compare("arguments", checks.comparable(given, splits, self._data, shapes))
         traced = checks.check_model(model, losses, seed, self._data)
         self.engine.mapped = traced.mapped
         if keep_best_checkpoint:
@@ -224,7 +230,8 @@ class Trainer:
         )
         self.programs = Programs(self.engine, recipe, self.plan.room, with_outputs=plot_pipe is not None)
 
-        self.log = Log(run, self.engine.in_flight, num_epochs * self._epoch_steps, self.phases)
+        steps = num_epochs * self._epoch_steps
+        self.log = Log(run, self.engine.in_flight, steps, self.phases, self.processes)
         self.metrics = self.log.metrics
         self.checkpointer = _checkpointer(
             registry,
@@ -236,17 +243,18 @@ class Trainer:
             best_metric_name=best_metric_name,
             minimize_metric=minimize_metric,
         )
+        voice = self.processes.voice
         self._shows: list[Action] = []
         self._saves: list[Action] = []
         if plot_pipe is not None:
-            self._shows.append(Plotter(plot_every, plot_pipe, plot_model, run, self._unwrap))
+            self._shows.append(Plotter(plot_every, voice(plot_pipe), voice(plot_model), run, self._unwrap))
         if sample_model is not None and sample_every is not None:
             self._shows.append(
                 Sampler(
                     sample_every,
                     sample_model,
                     _sample_params(sample_params),
-                    sample_plot,
+                    voice(sample_plot),
                     sample_metrics,
                     min(9, batch_size) if sample_batch_size is None else sample_batch_size,
                     seed,
@@ -256,11 +264,11 @@ class Trainer:
                 )
             )
         if save_model is not None:
-            self._saves.append(ModelSaver(save_every, save_model))
+            self._saves.append(ModelSaver(save_every, voice(save_model)))
         if self.checkpointer is not None:
             self._saves.append(StateSaver(self.checkpointer, self._resume_point))
 
-        self.stops = Stops(max_seconds)
+        self.stops = Stops(max_seconds, self.processes)
         self.profiler: Profiler = NoProfiler()
         if profiled:
             folder = Path("learnax-profile") if self.checkpointer is None else self.checkpointer.path.parent / "profile"
@@ -379,8 +387,10 @@ class Trainer:
             self.profiler.leave(self.log.step, self.position.epoch)  # what follows is not of the step
             if metrics["has_nan"]:  # the step is an old one: what is due at it was done when it was new
                 return
-            moment = Moment(self.log.step, self.train_state, block.batch(batch), outputs, metrics)
-            shows = [show for show in self._shows if show.next_due(moment.step - 1) == moment.step]
+            step = self.log.step
+            shows = [show for show in self._shows if show.next_due(step - 1) == step]
+            data, outputs = (self._batch(block, batch), self.engine.whole(outputs)) if shows else ([], None)
+            moment = Moment(step, self.train_state, data, outputs, metrics)
             if shows:
                 self.log.flush()  # what a user's function finds logged does not depend on the speed of the run
                 with self.phases.plot:
@@ -392,6 +402,12 @@ class Trainer:
             with self.phases.save:
                 for save in saves:
                     save(moment)
+
+    def _batch(self, block: Block, number: int) -> list[Any]:
+        """One batch of a block on the host, those parts that other processes have read included."""
+        if not self.engine.spans:
+            return block.batch(number)
+        return self.engine.whole(jax.tree.map(lambda leaf: leaf[number % len(leaf)], block.device))
 
     def _validate(self, name: str, seq: jax.Array) -> tuple[dict[str, float], jax.Array]:
         """Evaluates one validation set, every datum once: its means, and the random sequence after it."""
@@ -455,6 +471,9 @@ class Trainer:
                     except SaveError:
                         raise
                     except BaseException as error:
+                        if self.processes.count > 1 and not self.stops.agreed:
+                            self.log.forget()
+                            raise self.processes.failed(error) from error
                         if self._done() > done and not self.stops.at_once:
                             self._save_stopped(error)
                         raise
@@ -675,6 +694,8 @@ class Trainer:
 
     def _loader(self, name: str, dataset: Any) -> Loader | Repeated:
         put = functools.partial(self.engine.put, spec=BATCHES)
+        rows = self.batch_size // self.device_count
+        first, last = self.engine.share
         training = name == "train"
         loader = Loader(
             name,
@@ -682,6 +703,7 @@ class Trainer:
             self.batch_size,
             tail=not training,
             num_workers=0 if self._single else self.num_workers,
+            share=(first * rows, last * rows),
             group=self.accumulate_steps if training else 1,
             room=self.plan.room * (self.accumulate_steps if training else 1),
             budget=RESIDENT_BYTES,

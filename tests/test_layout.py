@@ -17,8 +17,8 @@ ROOMS = [
     ["run"],
     ["log", "engine", "checkpoint", "data", "plan"],
     ["step"],
-    ["state", "loss", "packing"],
-    ["metrics", "utils", "profiling", "sender", "cache", "clock", "stops"],
+    ["state", "loss", "packing", "stops"],
+    ["metrics", "utils", "profiling", "sender", "cache", "clock", "processes"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 

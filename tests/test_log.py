@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from learnax.log import Log, Means, in_notebook
+from learnax.processes import OneProcess
 from learnax.profiling.phases import Phases
 from learnax.step import Scalars
 from tests.helpers import MemoryRun, make_data, make_trainer, run_script
@@ -105,7 +106,7 @@ def scalars(names, rows):
 def test_scalars_are_read_in_bulk_when_later_steps_are_under_way(in_flight, bulk, seconds, monkeypatch):
     monkeypatch.setattr("learnax.log._BULK", bulk)
     monkeypatch.setattr("learnax.log._BULK_S", seconds)
-    log = Log(None, in_flight, 8, Phases())
+    log = Log(None, in_flight, 8, Phases(), OneProcess())
     with log.session(0):
         for step in range(8):
             log.wait_for_room()
@@ -119,7 +120,7 @@ def test_scalars_are_read_in_bulk_when_later_steps_are_under_way(in_flight, bulk
 
 
 def test_dispatches_with_other_metrics_are_not_mixed_up():
-    log = Log(None, 10, 4, Phases())
+    log = Log(None, 10, 4, Phases(), OneProcess())
     for step, name in enumerate(["a", "a", "b", "a"]):
         log.push(scalars(("loss", name, "has_nan"), [[step, 10 * step, 0]]), 1, 0)
     log.drain()
@@ -129,7 +130,7 @@ def test_dispatches_with_other_metrics_are_not_mixed_up():
 
 
 def test_steps_count_but_for_dropped_ones_however_they_are_dispatched():
-    log = Log(None, 2, 5, Phases())
+    log = Log(None, 2, 5, Phases(), OneProcess())
     log.push(scalars(("loss", "has_nan", "learning_rate"), [[1, 0, 1], [2, 1, 1], [3, 0, 1], [9, 9, 9]]), 3, 0)
     assert log.step_at_most == 3
     log.push(scalars(("loss", "has_nan", "learning_rate"), [[4, 0, 1], [5, 0, 1]]), 2, 0)
@@ -140,7 +141,7 @@ def test_steps_count_but_for_dropped_ones_however_they_are_dispatched():
 
 
 def test_the_newest_steps_metrics_can_be_added_to():
-    log = Log(None, 2, 2, Phases())
+    log = Log(None, 2, 2, Phases(), OneProcess())
     for step in range(2):
         log.push(scalars(("loss", "has_nan"), [[step, 0]]), 1, 0)
     with log.newest() as metrics:
@@ -158,7 +159,7 @@ def test_means_are_of_all_data_however_they_are_cut():
 
 
 def test_many_dropped_updates_are_not_told_one_by_one(caplog):
-    log = Log(None, 0, 300, Phases())
+    log = Log(None, 0, 300, Phases(), OneProcess())
     for _ in range(250):
         log.push(scalars(("loss", "has_nan", "learning_rate", "grads/w"), [[1, 1, 0.1, jnp.nan]]), 1, 0)
     log.drain()

@@ -13,6 +13,7 @@ import time
 import jax
 import pytest
 
+from learnax.processes import OneProcess
 from learnax.stops import Stops, TimeUpError
 from tests.helpers import ROOT, MemoryRun, make_data, make_trainer, run_script
 from tests.test_resume import assert_same_run, make, on_disk, trained
@@ -243,7 +244,7 @@ def test_a_run_that_has_not_begun_saves_nothing_when_it_is_stopped(registry_path
 def test_a_handler_of_the_users_own_is_called_after_all_is_done():
     calls = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
-    stops = Stops(None)
+    stops = Stops(None, OneProcess())
     try:
         with pytest.raises(SystemExit), stops.watched():  # noqa: PT012
             signal.raise_signal(signal.SIGTERM)
@@ -257,7 +258,7 @@ def test_a_handler_of_the_users_own_is_called_after_all_is_done():
 def test_a_signal_that_is_ignored_stays_so_and_other_threads_take_none_over():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Stops(None).watched():
+        with Stops(None, OneProcess()).watched():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             signal.raise_signal(signal.SIGINT)
     finally:
@@ -265,7 +266,7 @@ def test_a_signal_that_is_ignored_stays_so_and_other_threads_take_none_over():
     seen = []
 
     def elsewhere():
-        with Stops(None).watched():
+        with Stops(None, OneProcess()).watched():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=elsewhere)
@@ -275,7 +276,7 @@ def test_a_signal_that_is_ignored_stays_so_and_other_threads_take_none_over():
 
 
 def test_time_is_up_only_when_it_is():
-    stops = Stops(0.2)
+    stops = Stops(0.2, OneProcess())
     with stops.watched():
         stops.check()
         time.sleep(0.25)

@@ -27,6 +27,7 @@ class Loader:
         tail: whether the batch that is not full is filled up and given, or skipped.
         num_workers: processes that read; 0 reads here, while the devices compute.
         put: starts a block's transfer to the devices.
+        share: the rows of each batch that are read here, the first and the one after the last; None for all.
         group: batches that belong together; a group that is not whole is skipped with the tail.
         room: batches in a block.
         budget: bytes that a list may take on the devices.
@@ -41,6 +42,7 @@ class Loader:
         tail: bool,
         num_workers: int,
         put: Callable[[PyTree], PyTree],
+        share: tuple[int, int] | None = None,
         group: int = 1,
         room: int = 1,
         budget: int = 0,
@@ -53,8 +55,12 @@ class Loader:
         self._put = put
         size = len(dataset)
         stop = size if tail else size - size % (batch_size * group)
-        self._ranges = [range(start, min(start + batch_size, size)) for start in range(0, stop, batch_size)]
-        self._collate = Collate(name, batch_size)
+        first, last = share or (0, batch_size)
+        starts = range(0, stop, batch_size)
+        # A share that lies behind the end of the data is all padding: the last datum, as for one that ends there.
+        self._ranges = [range(min(start + first, size - 1), min(start + last, size)) for start in starts]
+        self._real = [min(batch_size, size - start) for start in starts]
+        self._collate = Collate(name, last - first)
         self._reader: Reader = Here(name, dataset, self._ranges, self._collate)
         self._workers = num_workers
         if num_workers:
@@ -105,7 +111,7 @@ class Loader:
         return size if size <= self._budget else 0
 
     def first(self, *, repeat_datum: bool) -> list[Any]:
-        """The first batch, read here; or one of its first datum alone, repeated."""
+        """This process's share of the first batch; or one of the first datum alone, repeated."""
         indices = range(1) if repeat_datum else self._ranges[0]
         (batch,) = Here(self.name, self.dataset, [indices], self._collate).read(0)
         return batch
@@ -119,14 +125,15 @@ class Loader:
         batches: list[list[Any]] = []
         size = 0
         try:
-            for indices, batch in zip(self._ranges[start:], self._reader.read(start), strict=False):
+            reading = zip(self._ranges[start:], self._real[start:], self._reader.read(start), strict=False)
+            for indices, real, batch in reading:
                 if batches and signature_of(batch) != signature_of(batches[0]):
                     if len(batches) % self._group:
                         raise ValueError(self._group_text(indices, batches[-1], batch))
                     yield self._block(batches, size)
                     batches, size = [], 0
                 batches.append(batch)
-                size += len(indices)
+                size += real
                 if len(batches) == self.room:
                     yield self._block(batches, size)
                     batches, size = [], 0

@@ -1,0 +1,360 @@
+"""The processes of a run: which this is, what they agree on, and how they part.
+
+JAX's own runtime (`jax.distributed`) connects them and carries what they tell each other: a store of keys that all
+see. A process that cannot go on leaves at once, so that the others notice, and says why where they look.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import jax
+
+F = TypeVar("F", bound=Callable[..., Any] | None)
+
+_logger = logging.getLogger("learnax")
+PATIENCE_S = 300.0
+"""How long a process waits for what another one is to tell: as long as their starts may lie apart."""
+GRACE_S = 5.0
+"""How long survivors of a failure wait for one another, to know who is left."""
+_BROKEN = re.compile(r"gloo|nccl|connection (closed|reset)|unavailable|deadline_exceeded|socket", re.IGNORECASE)
+"""What the collectives of JAX's back ends say when a peer is gone."""
+_TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+class PeerError(RuntimeError):
+    """Another process of the run has failed or is gone; which, and what to do, is in the text."""
+
+
+class Processes(Protocol):
+    """This process among those of a run.
+
+    Attributes:
+        index: its number, from 0.
+        count: how many there are.
+        first: whether it is the one that logs, draws and calls the user's functions.
+    """
+
+    index: int
+    count: int
+    first: bool
+
+    def voice(self, function: F) -> F:
+        """A function that is to be called by one process alone: itself there, one that does nothing elsewhere."""
+
+    def compare(self, what: str, facts: dict[str, str]) -> None:
+        """Compares facts with those of the others; ValueError where they differ, by name."""
+
+    def from_first(self, text: str) -> str:
+        """The first process's text."""
+
+    def all_true(self, value: bool) -> bool:
+        """Whether all processes say so."""
+
+    def stop_wanted(self, mine: int) -> int:
+        """What all agree to stop for after this dispatch, as the largest of the reasons given; 0 to go on."""
+
+    def failed(self, error: BaseException) -> BaseException:
+        """What to raise in the place of an error that this process cannot go on after."""
+
+
+class OneProcess:
+    """A run of one process: there is nobody to ask."""
+
+    index, count, first = 0, 1, True
+
+    def voice(self, function: F) -> F:
+        """The function."""
+        return function
+
+    def compare(self, what: str, facts: dict[str, str]) -> None:
+        """Nobody differs."""
+
+    def from_first(self, text: str) -> str:
+        """The text."""
+        return text
+
+    def all_true(self, value: bool) -> bool:
+        """The value."""
+        return value
+
+    def stop_wanted(self, mine: int) -> int:
+        """The reason."""
+        return mine
+
+    def failed(self, error: BaseException) -> BaseException:
+        """The error."""
+        return error
+
+
+class ManyProcesses:
+    """A run over the processes that `jax.distributed.initialize` has connected."""
+
+    _rounds = itertools.count()  # of this process; all make the same calls in the same order
+
+    def __init__(self) -> None:
+        self.index, self.count = jax.process_index(), jax.process_count()
+        self.first = self.index == 0
+        _arm()
+        _quieten()
+
+    def voice(self, function: F) -> F:
+        """The function on the first process, nothing on the others; None stays None."""
+        return function if self.first or function is None else _silence  # type: ignore[return-value]
+
+    def compare(self, what: str, facts: dict[str, str]) -> None:
+        """Compares facts with those of the others.
+
+        Raises:
+            ValueError: they differ: names, and what each process has.
+            PeerError: another process did not come here.
+        """
+        all_facts = [json.loads(text) for text in self.exchange(what, json.dumps(facts))]
+        names = dict.fromkeys(name for facts in all_facts for name in facts)
+        lines = []
+        for name in names:
+            values = [facts.get(name, "nothing") for facts in all_facts]
+            if len(set(values)) > 1:
+                given = ", ".join(f"{value} on process {number}" for number, value in enumerate(values))
+                lines.append(f"  {name}: {given}")
+        if lines:
+            raise ValueError(
+                f"the processes of this run differ in {what}:\n" + "\n".join(lines) + "\nGive all of them the same"
+            )
+
+    def from_first(self, text: str) -> str:
+        """The first process's text."""
+        return self.exchange("what the first one has", text)[0]
+
+    def all_true(self, value: bool) -> bool:
+        """Whether all processes say so."""
+        return all(text == "1" for text in self.exchange("an answer", "1" if value else "0"))
+
+    def exchange(self, what: str, text: str) -> list[str]:
+        """Each process's text, in their order.
+
+        Raises:
+            PeerError: one failed, or did not come here in time.
+        """
+        place = f"learnax/{next(self._rounds)}"
+        client = _client()
+        client.key_value_set(f"{place}/{self.index}", text)
+        return [self._await(f"{place}/{number}", number, what) for number in range(self.count)]
+
+    def stop_wanted(self, mine: int) -> int:
+        """What all agree to stop for, after this dispatch; 0 to go on. All call it after the same dispatches.
+
+        A reason of this process is told to the others as a preemption notice, through JAX's own service: it finds the
+        first dispatch that none of them is past.
+
+        Args:
+            mine: this process's reason, above 0; 0 for none.
+        """
+        if mine and not _told:
+            _told.append(mine)
+            os.kill(os.getpid(), signal.SIGTERM)  # what JAX's service takes for the notice
+        from jax.experimental import multihost_utils
+
+        if not multihost_utils.reached_preemption_sync_point(next(_calls)):
+            return 0
+        reasons = [int(text) for text in self.exchange("why they stop", str(mine))]
+        return max(*reasons, signal.SIGTERM if not any(reasons) else 0)
+
+    def failed(self, error: BaseException) -> BaseException:
+        """Tells the others, gives up the orderly end, and names the peer where one is the cause.
+
+        The others wait in a collective, and would do so for as long as this process is there: once the script is over,
+        it ends without the farewell that JAX makes all processes wait for.
+        """
+        _tell(error)
+        if isinstance(error, PeerError) or not _is_of_peers(error):
+            return error
+        return PeerError(
+            f"{_name(self.index, self.count)} cannot go on: {self._who()}. Start all processes again: with a registry "
+            f"and load_checkpoint=True they go on from the last checkpoint. The collective said: {_first_line(error)}"
+        )
+
+    def _await(self, key: str, number: int, what: str) -> str:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                return _client().blocking_key_value_get(key, 500)
+            for index, text in _reports("failed"):
+                if index != self.index:
+                    raise PeerError(f"{_name(index, self.count)} failed: {text}")
+            if time.monotonic() > deadline or (_leaves and time.monotonic() > _leaves[0].since + GRACE_S):
+                raise PeerError(
+                    f"{_name(number, self.count)} did not tell {what} within {PATIENCE_S:g} s: is it running, and does "
+                    "its script build the same trainers in the same order?"
+                )
+
+    def _who(self) -> str:
+        """Which peers are gone, as far as can be known."""
+        try:
+            _client().key_value_set(f"learnax/left/{self.index}", "1", allow_overwrite=True)
+            deadline = time.monotonic() + GRACE_S
+            gone = set(range(self.count)) - {self.index}
+            while gone and time.monotonic() < deadline:
+                gone -= {index for index, _ in _reports("left")}
+                time.sleep(0.05)
+            failed = [f"{_name(index, self.count)} failed: {text}" for index, text in _reports("failed")]
+        except jax.errors.JaxRuntimeError:
+            return f"{_name(0, self.count)}, which all are connected through, is gone"
+        silent = [_name(index, self.count) for index in sorted(gone)]
+        if failed:
+            return "; ".join(failed)
+        return f"{', '.join(silent)} {'is' if len(silent) == 1 else 'are'} gone" if silent else "the connection broke"
+
+
+def processes_of(devices: Sequence[jax.Device]) -> Processes:
+    """The processes that these devices belong to.
+
+    Raises:
+        ValueError: devices of some processes only.
+    """
+    owners = {device.process_index for device in devices}
+    if owners == {jax.process_index()}:
+        _check_alone()
+        return OneProcess()
+    if owners != set(range(jax.process_count())):
+        raise ValueError(
+            f"devices belong to the processes {sorted(owners)}, expected all {jax.process_count()} of them, or this "
+            f"one ({jax.process_index()}) alone; leave `devices` out to take all"
+        )
+    return ManyProcesses()
+
+
+# ---- how a process leaves
+
+
+class _Leave(NamedTuple):
+    """That this process ends as soon as its script does: with which exit status, and since when."""
+
+    status: int
+    since: float
+
+
+_told: list[int] = []
+_calls = itertools.count()
+_leaves: list[_Leave] = []
+_armed: list[bool] = []
+
+
+def _arm() -> None:
+    """From here on, an error that ends the script is told to the other processes, and ends this one at once."""
+    if _armed:
+        return
+    _armed.append(True)
+    hook = sys.excepthook
+
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        print(f"learnax: {_name(jax.process_index(), jax.process_count())} ends by an error", file=sys.stderr)
+        hook(kind, error, trace)
+        _tell(error)
+
+    sys.excepthook = told
+
+
+def _tell(error: BaseException) -> None:
+    """Leaves word for the others, and sees to it that the script's end is this process's."""
+    if _leaves:
+        return
+    status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    _leaves.append(_Leave(status, time.monotonic()))
+    if not isinstance(error, PeerError) and not _is_of_peers(error):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _client().key_value_set(f"learnax/failed/{jax.process_index()}", f"{type(error).__name__}: {error}")
+
+
+@atexit.register  # registered before those of scripts and runs, so that it comes after them; and before JAX's
+def _leave_at_once() -> None:
+    if _leaves:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(_leaves[0].status)
+
+
+# ---- details
+
+
+def _client() -> Any:
+    from jax._src import distributed  # the store has no public name
+
+    return distributed.global_state.client
+
+
+def _reports(kind: str) -> Iterable[tuple[int, str]]:
+    for key, text in _client().key_value_dir_get(f"learnax/{kind}/"):
+        yield int(key.rsplit("/", 1)[-1]), text
+
+
+def _name(index: int, count: int) -> str:
+    where = f" ({socket.gethostname()}, pid {os.getpid()})" if index == jax.process_index() else ""
+    return f"process {index} of {count}{where}"
+
+
+def _is_of_peers(error: BaseException) -> bool:
+    return isinstance(error, (RuntimeError, ValueError)) and bool(_BROKEN.search(str(error)))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def _silence(*args: Any, **options: Any) -> None:
+    """Does nothing: another process does it."""
+
+
+def _quieten() -> None:
+    """What all processes would say alike, the first one says; of the others only what is theirs, with their number."""
+    if jax.process_index() == 0 or any(isinstance(known, _Own) for known in _logger.filters):
+        return
+    _logger.addFilter(_Own())
+
+
+class _Own(logging.Filter):
+    """Lets pass what a process has to say of itself."""
+
+    _OWN = ("checkpoint", "data", "profiling", "processes")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it comes from a room whose work differs between processes; names the process."""
+        room = re.search(r"learnax[/\\](\w+)", record.pathname)
+        if room is None or room[1] not in self._OWN:
+            return False
+        record.msg = f"process {jax.process_index()}: {record.msg}"
+        return True
+
+
+def _check_alone() -> None:
+    """Says so where a launcher started several tasks, and JAX knows of one."""
+    if jax.process_count() > 1:
+        return  # its own devices were asked for
+    for variable in _TASKS:
+        tasks = os.environ.get(variable, "")
+        if tasks.isdecimal() and int(tasks) > 1 and not _warned:
+            _warned.append(True)
+            _logger.warning(
+                "%s is %s, but JAX knows of one process: each task trains on its own. To train together, call "
+                "jax.distributed.initialize() before anything else",
+                variable,
+                tasks,
+            )
+
+
+_warned: list[bool] = []
