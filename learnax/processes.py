@@ -16,8 +16,9 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -61,14 +62,17 @@ class Processes(Protocol):
     def from_first(self, text: str) -> str:
         """The first process's text."""
 
-    def all_true(self, value: bool) -> bool:
-        """Whether all processes say so."""
+    def settle(self, matter: str, text: str, judge: Callable[[list[str]], str]) -> str:
+        """What the first process makes of all processes' texts; also from another thread, each matter once."""
 
     def stop_wanted(self, mine: int) -> int:
         """What all agree to stop for after this dispatch, as the largest of the reasons given; 0 to go on."""
 
     def failed(self, error: BaseException) -> BaseException:
         """What to raise in the place of an error that this process cannot go on after."""
+
+    def watching(self) -> contextlib.AbstractContextManager[None]:
+        """Ends this process where another one has failed, in the midst of the block if need be."""
 
 
 class OneProcess:
@@ -87,9 +91,9 @@ class OneProcess:
         """The text."""
         return text
 
-    def all_true(self, value: bool) -> bool:
-        """The value."""
-        return value
+    def settle(self, matter: str, text: str, judge: Callable[[list[str]], str]) -> str:
+        """What is made of the text."""
+        return judge([text])
 
     def stop_wanted(self, mine: int) -> int:
         """The reason."""
@@ -98,6 +102,10 @@ class OneProcess:
     def failed(self, error: BaseException) -> BaseException:
         """The error."""
         return error
+
+    def watching(self) -> contextlib.AbstractContextManager[None]:
+        """There is nobody to watch."""
+        return contextlib.nullcontext()
 
 
 class ManyProcesses:
@@ -139,20 +147,33 @@ class ManyProcesses:
         """The first process's text."""
         return self.exchange("what the first one has", text)[0]
 
-    def all_true(self, value: bool) -> bool:
-        """Whether all processes say so."""
-        return all(text == "1" for text in self.exchange("an answer", "1" if value else "0"))
-
     def exchange(self, what: str, text: str) -> list[str]:
-        """Each process's text, in their order.
+        """Each process's text, in their order; on the thread that trains, for all make the same calls there.
 
         Raises:
             PeerError: one failed, or did not come here in time.
         """
-        place = f"learnax/{next(self._rounds)}"
-        client = _client()
-        client.key_value_set(f"{place}/{self.index}", text)
-        return [self._await(f"{place}/{number}", number, what) for number in range(self.count)]
+        return json.loads(self.settle(f"{next(self._rounds)}: {what}", text, json.dumps))
+
+    def settle(self, matter: str, text: str, judge: Callable[[list[str]], str]) -> str:
+        """What the first process makes of all processes' texts.
+
+        Args:
+            matter: what it is about; each comes once, and all processes come to it.
+            text: this process's.
+            judge: makes one text of all, in their order; called by the first process.
+
+        Raises:
+            PeerError: one failed, or did not come here in time.
+        """
+        place = f"learnax/matter/{matter}"
+        if not self.first:
+            _client().key_value_set(f"{place}/{self.index}", text)
+            return self._await(f"{place}/verdict", 0, matter)
+        texts = [text, *(self._await(f"{place}/{number}", number, matter) for number in range(1, self.count))]
+        verdict = judge(texts)
+        _client().key_value_set(f"{place}/verdict", verdict)
+        return verdict
 
     def stop_wanted(self, mine: int) -> int:
         """What all agree to stop for, after this dispatch; 0 to go on. All call it after the same dispatches.
@@ -170,6 +191,7 @@ class ManyProcesses:
 
         if not multihost_utils.reached_preemption_sync_point(next(_calls)):
             return 0
+        _agreed.append(True)
         reasons = [int(text) for text in self.exchange("why they stop", str(mine))]
         return max(*reasons, signal.SIGTERM if not any(reasons) else 0)
 
@@ -182,9 +204,44 @@ class ManyProcesses:
         _tell(error)
         if isinstance(error, PeerError) or not _is_of_peers(error):
             return error
+        failure = self._failure(self._who(), f" The collective said: {_first_line(error)}")
+        # At once: the loss of the first process, which holds the connections, ends all others in the midst of anything.
+        _logger.error("%s", failure)
+        return failure
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Ends this process some seconds after another one has told that it failed.
+
+        The thread that trains may wait in a collective that nothing ends: one device of several has lost its peer,
+        and the others wait for that one. Of a process that is gone without a word JAX's service learns by its missing
+        heartbeats, and ends the others itself: `heartbeat_timeout_seconds` of `jax.distributed.initialize`.
+        """
+        over = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(over,), name="learnax-peers", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(1.0) and not _leaves:
+            try:
+                failed = [f"{_name(index, self.count)} failed: {text}" for index, text in _reports("failed")]
+            except jax.errors.JaxRuntimeError:
+                return  # the first process is gone; JAX's service ends this one
+            if failed:
+                _logger.error("%s", self._failure("; ".join(failed), ""))
+                if not over.wait(GRACE_S):
+                    _leaves.append(_Leave(1, time.monotonic()))
+                    _leave_at_once()
+
+    def _failure(self, why: str, more: str) -> PeerError:
         return PeerError(
-            f"{_name(self.index, self.count)} cannot go on: {self._who()}. Start all processes again: with a registry "
-            f"and load_checkpoint=True they go on from the last checkpoint. The collective said: {_first_line(error)}"
+            f"{_name(self.index, self.count)} cannot go on: {why}. Start all processes again: with a registry and "
+            f"load_checkpoint=True they go on from the last checkpoint.{more}"
         )
 
     def _await(self, key: str, number: int, what: str) -> str:
@@ -197,8 +254,8 @@ class ManyProcesses:
                     raise PeerError(f"{_name(index, self.count)} failed: {text}")
             if time.monotonic() > deadline or (_leaves and time.monotonic() > _leaves[0].since + GRACE_S):
                 raise PeerError(
-                    f"{_name(number, self.count)} did not tell {what} within {PATIENCE_S:g} s: is it running, and does "
-                    "its script build the same trainers in the same order?"
+                    f"{_name(number, self.count)} did not come to {what!r} within {PATIENCE_S:g} s: is it running, and "
+                    "does its script build the same trainers in the same order?"
                 )
 
     def _who(self) -> str:
@@ -248,6 +305,7 @@ class _Leave(NamedTuple):
 
 
 _told: list[int] = []
+_agreed: list[bool] = []
 _calls = itertools.count()
 _leaves: list[_Leave] = []
 _armed: list[bool] = []
@@ -261,11 +319,19 @@ def _arm() -> None:
     hook = sys.excepthook
 
     def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        print(f"learnax: {_name(jax.process_index(), jax.process_count())} ends by an error", file=sys.stderr)
+        if not _agreed:  # else all leave together
+            print(f"learnax: {_name(jax.process_index(), jax.process_count())} ends by an error", file=sys.stderr)
         hook(kind, error, trace)
-        _tell(error)
+        if not _agreed:
+            _tell(error)
+
+    def end() -> None:
+        if _leaves:
+            atexit._run_exitfuncs()  # the last of them that matters is `_leave_at_once`
 
     sys.excepthook = told
+    # Python's end waits for the threads of pools first, and one of them for a peer: a save that is not finished.
+    threading._register_atexit(end)  # type: ignore[attr-defined]
 
 
 def _tell(error: BaseException) -> None:

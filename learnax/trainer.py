@@ -27,7 +27,7 @@ from learnax.log import in_notebook as in_notebook
 from learnax.loss import LossPipe
 from learnax.plan import RESIDENT_BYTES, plan
 from learnax.preflight import Flight, Preflight
-from learnax.processes import processes_of
+from learnax.processes import Processes, processes_of
 from learnax.profiling.costs import Costs, peak_of
 from learnax.profiling.cudart import libcudart as libcudart
 from learnax.profiling.ledger import START, Ledger, Setting
@@ -236,6 +236,7 @@ class Trainer:
         self.checkpointer = _checkpointer(
             registry,
             run,
+            self.processes,
             save_every=save_every,
             checkpoint_every=checkpoint_every,
             max_checkpoints=max_checkpoints,
@@ -458,8 +459,8 @@ class Trainer:
             yield
             return
         self._running = True
-        done = self._done()
-        with self.phases.other, self.watchdog.watching():
+        done, alone = self._done(), False
+        with self.phases.other, self.watchdog.watching(), self.processes.watching():
             try:
                 if self.checkpointer is not None:
                     with self.phases.save:
@@ -472,6 +473,7 @@ class Trainer:
                         raise
                     except BaseException as error:
                         if self.processes.count > 1 and not self.stops.agreed:
+                            alone = True
                             self.log.forget()
                             raise self.processes.failed(error) from error
                         if self._done() > done and not self.stops.at_once:
@@ -486,7 +488,7 @@ class Trainer:
                 self._running = False
                 for loader in self.loaders.values():
                     loader.close()
-                if self.checkpointer is not None and not self.stops.at_once:
+                if self.checkpointer is not None and not (self.stops.at_once or alone):
                     with self.phases.save:
                         self.checkpointer.close()
 
@@ -734,12 +736,16 @@ class Trainer:
         return batch if same_structure(batch, self._first) else [batch]
 
 
-def _checkpointer(registry: str | Registry | None, run: Any, **policy: Any) -> Checkpointer | None:
+def _checkpointer(
+    registry: str | Registry | None, run: Any, processes: Processes, **policy: Any
+) -> Checkpointer | None:
     if registry is None:
         return None
     if not isinstance(registry, Registry):
         registry = Registry(registry)
-    return Checkpointer(registry.checkpoints(Trainer.name if run is None else run.id), **policy)
+    # Each process may have a run of its own, with an id of its own.
+    path = processes.from_first(str(registry.checkpoints(Trainer.name if run is None else run.id)))
+    return Checkpointer(path, processes=processes, **policy)
 
 
 def _sample_params(given: Any) -> Mapping[str, Any] | None:

@@ -58,7 +58,7 @@ def test_what_users_import_beside_the_trainer_knows_no_trainer():
                 assert set(imported_rooms(path)) <= {room}, path
     for path in modules():
         if room_of(path) in ("run", "registry", "checkpoint"):
-            assert set(imported_rooms(path)) <= {"run", "registry", "checkpoint", "state", "utils"}, path
+            assert set(imported_rooms(path)) <= {"run", "registry", "checkpoint", "state", "utils", "processes"}, path
 
 
 def test_the_training_loop_fits_on_a_screen():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
+import json
 import logging
 import math
 import os
@@ -20,9 +22,11 @@ from learnax.checkpoint import files, legacy
 from learnax.checkpoint.files import DamagedError
 from learnax.checkpoint.folder import Entry, Folder, best
 from learnax.checkpoint.history import History
+from learnax.checkpoint.pieces import Piece, own
 from learnax.checkpoint.snapshot import Camera, Snapshot
 from learnax.checkpoint.trees import as_state
 from learnax.checkpoint.writer import Writer
+from learnax.processes import OneProcess, Processes
 from learnax.state import TrainState
 from learnax.utils import leaves_by_path
 
@@ -52,7 +56,10 @@ class Checkpointer:
         keep_best_checkpoint: whether `update_best_checkpoint` does anything.
         best_metric_name: the metric that "best" is judged by.
         minimize_metric: whether smaller is better.
+        processes: that save together, each its part, on storage that all share; by default this one alone.
     """
+
+    _ids = itertools.count()
 
     def __init__(
         self,
@@ -63,7 +70,11 @@ class Checkpointer:
         keep_best_checkpoint: bool = False,
         best_metric_name: str = "val/loss",
         minimize_metric: bool = True,
+        *,
+        processes: Processes | None = None,
     ):
+        self._processes = processes or OneProcess()
+        self._id, self._saves, self._loads = next(Checkpointer._ids), 0, 0
         self.path = Path(path).absolute()
         self.save_every = save_every
         self.checkpoint_every = checkpoint_every
@@ -132,7 +143,8 @@ class Checkpointer:
             self._writer.wait()
             entries = self._folder.entries()
             number = best(entries)
-            self._best = None if number is None else entries[number].best
+            known = None if number is None else entries[number].best
+            self._best = json.loads(self._processes.from_first(json.dumps(known)))
             self._knows_best = True
         if self._best is not None and not (value < self._best if self.minimize_metric else value > self._best):
             return False
@@ -155,7 +167,8 @@ class Checkpointer:
         else:
             return False
         may_be_skipped = not entry.numbered or any(other.numbered for other in self._pending)
-        if may_be_skipped and not self._writer.has_room(_size(state)):
+        # How fast storage is differs between processes, and they have to save alike: they wait.
+        if may_be_skipped and self._processes.count == 1 and not self._writer.has_room(_size(state)):
             self._skip(entry)
             return False
         self._save(state, entry, metrics, resume)
@@ -183,11 +196,18 @@ class Checkpointer:
         """
         damage: DamagedError | None = None
         for save in self._resolve(checkpoint):
+            failure = ""
             try:
                 loaded = self._read_old(save, target) if isinstance(save, Path) else self._read(save, target)
             except DamagedError as error:
-                damage = error
-                _logger.warning("%s", error)
+                failure, damage = str(error), error
+            # What one process cannot read, none goes on from.
+            self._loads += 1
+            matter = f"checkpointer {self._id}, load {self._loads}"
+            failure = self._processes.settle(matter, failure, lambda told: next(filter(None, told), ""))
+            if failure:
+                damage = damage or DamagedError(failure)
+                _logger.warning("%s", failure)
                 continue
             if damage is not None:
                 _logger.warning("the checkpoint before it is taken in its place: that of step %d", loaded["step"])
@@ -233,7 +253,7 @@ class Checkpointer:
         self.path.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path, os.W_OK):
             raise PermissionError(errno.EACCES, "checkpoints cannot be saved to this folder", str(self.path))
-        wanted = self._camera.wanted(_leaves(state))  # now: a step may take the arrays over
+        wanted = self._camera.wanted(self._own(state)[0])  # now: a step may take the arrays over
 
         def job() -> None:
             self._camera.prepare(wanted)
@@ -265,7 +285,8 @@ class Checkpointer:
         self._writer.wait_for_room(_size(state))
         resume = resume or {}
         history = self._history.arrays(resume.get("history", {}))
-        snapshot = self._camera.take(_leaves(state))
+        leaves, pieces = self._own(state)
+        snapshot = self._camera.take(leaves)
         parts = {"rng": [np.array(resume["rng"])] if "rng" in resume else [], "history": list(history.values())}
         meta = {
             **entry._asdict(),
@@ -276,35 +297,84 @@ class Checkpointer:
             "script": resume.get("script"),
         }
         self._pending.append(entry)
-        self._writer.submit(functools.partial(self._write, entry, snapshot, parts, meta), snapshot.nbytes)
+        self._saves += 1
+        job = functools.partial(self._write, self._saves, entry, snapshot, pieces, parts, meta)
+        self._writer.submit(job, snapshot.nbytes)
+
+    def _own(self, state: TrainState) -> tuple[dict[str, Any], dict[str, Piece]]:
+        """What this process has of a state, and which of that are pieces of arrays."""
+        leaves = _leaves(state)
+        return (leaves, {}) if self._processes.count == 1 else own(leaves)
 
     def _write(
-        self, entry: Entry, snapshot: Snapshot, parts: Mapping[str, list[np.ndarray]], meta: Mapping[str, Any]
+        self,
+        count: int,
+        entry: Entry,
+        snapshot: Snapshot,
+        pieces: Mapping[str, Piece],
+        parts: Mapping[str, list[np.ndarray]],
+        meta: Mapping[str, Any],
     ) -> None:
         """In the writer's thread: one save, and what is no longer wanted after it."""
         try:
-            if self._leaves_behind is not None:
-                self._folder.set_aside(self._leaves_behind)
-                self._leaves_behind = None
-            self._folder.make()
-            # Numbered by themselves, not by their steps: a step may be saved twice, before and after a validation.
-            self._number = 1 + max([self._number, *self._folder.numbers()])
             # Joined: one more array takes longer to write than what is in it.
             joined = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
-            files.write(self.path / str(self._number), {**snapshot.arrays, **joined}, meta)
+            if self._processes.count == 1:
+                self._begin()
+                files.write(self.path / str(self._number), {**snapshot.arrays, **joined}, meta)
+            else:
+                self._write_together(count, snapshot.arrays, pieces, joined, meta)
         except Exception as error:
-            files.remove_drafts(self.path)  # on a full disk, what is left of it would be in the way of the next
+            if self._processes.first:
+                files.remove_drafts(self.path)  # on a full disk, what is left of it would be in the way of the next
             self._fail(entry, error)
             return
         finally:
             self._pending.remove(entry)
             self._camera.give_back(snapshot)
         self._failure = None
+        if not self._processes.first:
+            return
         self._folder.add(self._number, entry)
         try:
             self._folder.tidy(self.max_checkpoints)
         except OSError as error:
             self._tell(error, f"old checkpoints could not be removed: {error}")
+
+    def _begin(self) -> None:
+        """Makes the folder ready for one more save, and gives it its number."""
+        if self._leaves_behind is not None:
+            self._folder.set_aside(self._leaves_behind)
+            self._leaves_behind = None
+        self._folder.make()
+        # Numbered by themselves, not by their steps: a step may be saved twice, before and after a validation.
+        self._number = 1 + max([self._number, *self._folder.numbers()])
+
+    def _write_together(
+        self,
+        count: int,
+        arrays: Mapping[str, np.ndarray],
+        pieces: Mapping[str, Piece],
+        rest: Mapping[str, np.ndarray],
+        meta: Mapping[str, Any],
+    ) -> None:
+        """One save by all processes: the first one makes room and names it, then all write."""
+        seals: list[dict[str, int]] = []
+
+        def begin(told: list[str]) -> str:
+            seals.extend(map(json.loads, told))
+            try:
+                self._begin()
+            except OSError as error:
+                return json.dumps([-1, files.reason(error)])
+            return json.dumps([self._number, ""])
+
+        matter = f"checkpointer {self._id}, save {count}"
+        own = json.dumps(files.piece_seals(arrays, pieces))
+        self._number, refusal = json.loads(self._processes.settle(matter, own, begin))
+        if refusal:
+            raise OSError(f"on process 0: {refusal}")
+        files.write_together(self.path / str(self._number), arrays, pieces, seals, rest, meta)
 
     def _fail(self, entry: Entry, error: Exception) -> None:
         self._knows_best = False  # it may have been this one

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from learnax.checkpoint.pieces import Piece, whole
 from learnax.checkpoint.trees import as_dicts
 from learnax.utils import leaves_by_path
 
@@ -38,15 +40,66 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any
     import orbax.checkpoint as ocp
 
     # orbax takes no array without elements.
+    tree = as_dicts({path: array for path, array in arrays.items() if array.size})
+    sealed = _sealed(arrays, {}, [], meta)
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(sealed))
+    _orbax(together=False).save(folder, args=args)
+
+
+def write_together(
+    folder: Path,
+    arrays: Mapping[str, np.ndarray],
+    pieces: Mapping[str, Piece],
+    seals: Iterable[Mapping[str, int]],
+    rest: Mapping[str, np.ndarray],
+    meta: Mapping[str, Any],
+) -> None:
+    """`write` by all processes of a run, each with what it has; it returns when all of it is on disk.
+
+    Args:
+        folder: where, on storage that all share.
+        arrays: by their paths, or pieces of them by a name.
+        pieces: which are pieces.
+        seals: `piece_seals` of each process.
+        rest: more arrays by their paths, those of the first process.
+        meta: plain values, those of the first process.
+    """
+    import orbax.checkpoint as ocp
+
+    # What is plain numpy, orbax writes on the first process alone.
+    given: dict[str, Any] = {**whole({path: array for path, array in arrays.items() if array.size}, pieces), **rest}
+    tree = as_dicts({path: array for path, array in given.items() if array.size})
+    sealed = _sealed({**arrays, **rest}, pieces, seals, meta)
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(sealed))
+    _orbax(together=True).save(folder, args=args)
+
+
+def piece_seals(arrays: Mapping[str, np.ndarray], pieces: Mapping[str, Piece]) -> dict[str, int]:
+    """Checksums of a process's pieces, by their names."""
+    return {name: _checksum(arrays[name]) for name in pieces}
+
+
+def _sealed(
+    arrays: Mapping[str, np.ndarray],
+    pieces: Mapping[str, Piece],
+    seals: Iterable[Mapping[str, int]],
+    meta: Mapping[str, Any],
+) -> dict[str, Any]:
+    own = {path: array for path, array in arrays.items() if path not in pieces}
     content = {
         **meta,
-        "checksums": {path: _checksum(array) for path, array in arrays.items() if array.size},
-        "empty": {path: [list(array.shape), array.dtype.name] for path, array in arrays.items() if not array.size},
+        "checksums": {path: _checksum(array) for path, array in own.items() if array.size},
+        "empty": {path: [list(array.shape), array.dtype.name] for path, array in own.items() if not array.size},
     }
-    sealed = {"content": content, "checksum": seal(content)}
-    tree = as_dicts({path: array for path, array in arrays.items() if array.size})
-    args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(sealed))
-    _orbax().save(folder, args=args)
+    if pieces:
+        # A divided array has a checksum for each piece, by the piece's beginning along its axis.
+        axes = {piece.path: piece.axis for piece in pieces.values()}
+        starts: dict[str, dict[str, int]] = {path: {} for path in axes}
+        for name, checksum in itertools.chain.from_iterable(process.items() for process in seals):
+            path, start = name.rsplit("@", 1)
+            starts[path][start] = checksum
+        content["pieces"] = {path: [axes[path], sums] for path, sums in starts.items()}
+    return {"content": content, "checksum": seal(content)}
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,18 +112,23 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     meta = read_meta(folder)
     try:
-        shapes = _orbax().metadata(folder).item_metadata[_STATE].tree
+        shapes = _orbax(together=False).metadata(folder).item_metadata[_STATE].tree
         # As numpy, so that a checkpoint does not ask for the devices that it was written on.
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=as_numpy))
-        arrays = leaves_by_path(_orbax().restore(folder, args=args)[_STATE])
+        arrays = leaves_by_path(_orbax(together=False).restore(folder, args=args)[_STATE])
     except (PermissionError, MemoryError):
         raise
     except Exception as error:
         raise _damaged(folder, reason(error)) from error
-    found = {path: _checksum(array) for path, array in arrays.items()}
-    if found != meta["checksums"]:
-        wrong = [path for path in {**found, **meta["checksums"]} if found.get(path) != meta["checksums"].get(path)]
+    divided = meta.get("pieces", {})
+    written = {**meta["checksums"], **{path: sums for path, (_, sums) in divided.items()}}
+    found = {
+        path: _piece_sums(array, *divided[path]) if path in divided else _checksum(array)
+        for path, array in arrays.items()
+    }
+    if found != written:
+        wrong = [path for path in {**found, **written} if found.get(path) != written.get(path)]
         raise _damaged(folder, f"other content than was written in {', '.join(sorted(wrong)[:5])}")
     for path, (shape, dtype) in meta["empty"].items():
         arrays[path] = np.zeros(shape, jax.numpy.dtype(dtype))
@@ -83,7 +141,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
     try:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        sealed = _orbax().restore(folder, args=args)[_META]
+        sealed = _orbax(together=False).restore(folder, args=args)[_META]
         content, checksum = sealed["content"], sealed["checksum"]
     except (PermissionError, MemoryError):
         raise
@@ -96,7 +154,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def warm_up() -> None:
     """Loads what writing needs."""
-    _orbax()
+    _orbax(together=False)
 
 
 def remove_drafts(path: Path) -> None:
@@ -127,11 +185,32 @@ def seal(content: Any) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
+def _piece_sums(array: np.ndarray, axis: int, written: Mapping[str, int]) -> dict[str, int]:
+    """Checksums of the pieces that an array was written in, by their beginnings along an axis."""
+    starts = sorted(map(int, written))
+    ends = [*starts[1:], array.shape[axis]]
+    along = np.moveaxis(array, axis, 0)
+    spans = zip(starts, ends, strict=True)
+    return {str(start): _checksum(np.moveaxis(along[start:end], 0, axis)) for start, end in spans}
+
+
 @functools.cache
-def _orbax() -> Any:
+def _orbax(*, together: bool) -> Any:
+    """Orbax's parts, for this process alone or for all of a run.
+
+    Named all, they wait for one another through JAX's store of keys, which may be done beside the training; else it
+    would be a collective on the devices.
+    """
     import orbax.checkpoint as ocp
 
+    here = jax.process_index()
+    active = set(range(jax.process_count())) if together else {here}
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=0 if together else here, active_processes=active, barrier_sync_key_prefix=f"learnax-{min(active)}"
+    )
     # Not compressed: parameters hardly are smaller for it, and it takes twice the time of a core that trains.
-    state = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
-    handlers = {_STATE: state, _META: ocp.JsonCheckpointHandler()}
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+    state = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False, multiprocessing_options=options)
+    handlers = {_STATE: state, _META: ocp.JsonCheckpointHandler(multiprocessing_options=options)}
+    composite = ocp.CompositeOptions(multiprocessing_options=options)
+    handler = ocp.CompositeCheckpointHandler(composite_options=composite, **handlers)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
