@@ -144,7 +144,7 @@ class Sampler(Every):
             keys = jax.random.split(key, size)
             return (jax.vmap(sample_model, in_axes=(None, 0, 0))(_merged(params, over), keys, data),)
 
-        self._kind = Kind("sample", sample, (SAME, SAME, SAME, SAME), (SAME,))
+        self._kind = Kind("sample", sample, (engine.params_layout, SAME, SAME, SAME), (SAME,))
 
     def wanted(self, state: TrainState, batch: list[Any]) -> Wanted:
         """What to ask the engine for: the sampling of a batch, given as arguments or as their shapes."""
@@ -172,15 +172,18 @@ class ModelSaver(Every):
     Args:
         every: steps between calls.
         save_model: `params -> None`.
+        engine: brings the parameters to the host.
     """
 
-    def __init__(self, every: int | None, save_model: Callable[[PyTree], Any]):
+    def __init__(self, every: int | None, save_model: Callable[[PyTree], Any], engine: Engine):
         super().__init__(every)
         self._save_model = save_model
+        self._engine = engine
 
     def __call__(self, moment: Moment) -> Mapping[str, float]:
         """Saves."""
-        self._save_model(_to_host(moment.state.params))
+        # Array by array: parameters that are divided are nowhere whole but on the host.
+        self._save_model(_to_host(jax.tree.map(self._engine.whole, moment.state.params)))
         return {}
 
 

@@ -67,6 +67,19 @@ def comparable(
     return facts | {"parameters and optimiser's state": describe(state)}
 
 
+def check_sharded(mapped: bool) -> None:
+    """Checks that a step can be made on a divided state: by XLA's partitioner, which maps over no axis.
+
+    Raises:
+        ValueError: the model or the losses name the mapped axis.
+    """
+    if mapped:
+        raise ValueError(
+            f"shard_state=True knows no mapped axis, but the model or the losses use {AXIS!r}: there they see the whole "
+            "batch, so leave their collectives out"
+        )
+
+
 def check_profile(given: Any) -> list[Window]:
     """The windows that `profile` names, or else the variable LEARNAX_PROFILE.
 

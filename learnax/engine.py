@@ -1,7 +1,8 @@
 """Step functions to compiled programs: parallelised, lowered, compiled ahead of time, kept.
 
 One device takes plain `jit`: a mapped axis of one costs copies and collectives for nothing. Several
-take `jit(shard_map)`, which is what `pmap` is made of, without its leading device axis on the state.
+take `jit(shard_map)`, which is what `pmap` is made of, without its leading device axis on the state. A state that
+is divided over the devices takes plain `jit` again, and XLA's partitioner.
 """
 
 from __future__ import annotations
@@ -70,16 +71,16 @@ class Kind:
 
     Attributes:
         name: what it is called in the cache.
-        function: one device's share of the work.
-        inputs: how each argument lies on the devices.
+        function: one device's share of the work, or all of it where the state is divided.
+        inputs: how each argument, or each of its leaves, lies on the devices.
         outputs: how each result does.
         donated: arguments whose buffers the program may reuse.
     """
 
     name: str
     function: Callable[..., tuple[Any, ...]]
-    inputs: tuple[PartitionSpec, ...]
-    outputs: tuple[PartitionSpec, ...]
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
     donated: tuple[int, ...] = ()
 
 
@@ -99,6 +100,7 @@ class Engine:
         spans: whether some of them belong to other processes.
         share: this process's part of a batch: the first of `len(devices)` equal parts and the one after its last.
         mapped: whether user code names the mapped axis, so that one device needs it, too.
+        layout: how the training state lies: `SAME`, or a `PartitionSpec` for each leaf of a state that is divided.
         in_flight: dispatches that may be unfinished when another one is made.
         programs: what has been compiled.
     """
@@ -112,10 +114,16 @@ class Engine:
         self._phases = phases
         self.mesh = Mesh(np.asarray(self.devices), (AXIS,))
         self.mapped = False
+        self.layout: Any = SAME
         # Programs of several CPU devices that wait for one another's collectives can starve each other of threads.
         self.in_flight = 0 if len(self.devices) > 1 and self.devices[0].platform == "cpu" else 2
         self.programs: dict[tuple[str, Hashable], Program] = {}
         self._scalars: dict[int, jax.Array] = {}
+
+    @property
+    def params_layout(self) -> Any:
+        """How the parameters lie."""
+        return self.layout if self.layout == SAME else self.layout.params
 
     def put(self, tree: PyTree, spec: PartitionSpec) -> PyTree:
         """Starts the transfer of a tree to the devices; of what is split, each process gives its own part."""
@@ -160,13 +168,20 @@ class Engine:
             for path, leaf in leaves_by_path(tree).items()
         }
 
-    def own(self, tree: PyTree) -> PyTree:
-        """Copies a tree to each device, into buffers that a program may take for its own."""
-        sharding = self.sharding(SAME)
+    def own(self, tree: PyTree, layout: Any = SAME) -> PyTree:
+        """Copies a tree to the devices, into buffers that a program may take for its own.
+
+        Args:
+            tree: on the host, or on devices; the same on all processes.
+            layout: how it is to lie: a spec, or one for each leaf.
+        """
 
         # Only a copy of what is laid out already is sure to be one: a CPU device goes on using numpy's memory where
         # it can, and a device the buffer that it has a share in. Leaf by leaf: no second state is there in between.
-        def copy(leaf: Any) -> jax.Array:
+        def copy(leaf: Any, spec: PartitionSpec) -> jax.Array:
+            sharding = self.sharding(spec)
+            if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated or leaf.is_fully_addressable):
+                return jax.jit(jnp.copy, out_shardings=sharding)(leaf)
             if self.spans:
                 value = np.asarray(leaf)
                 places = sharding.addressable_devices_indices_map(value.shape)
@@ -176,7 +191,11 @@ class Engine:
             held = jax.device_put(leaf if isinstance(leaf, jax.Array) else np.array(leaf), sharding)
             return jax.device_put(held, sharding, may_alias=False)
 
-        return jax.tree.map(copy, tree)
+        return jax.tree.map(copy, tree, jax.tree.map(lambda _: SAME, tree) if layout == SAME else layout)
+
+    def shardings(self, specs: Any) -> Any:
+        """`sharding` for each spec of a tree."""
+        return jax.tree.map(self.sharding, specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
 
     def sharding(self, spec: PartitionSpec) -> jax.sharding.Sharding:
         """The same in JAX's terms; plain for one device, so that its arrays are like any others."""
@@ -216,7 +235,7 @@ class Engine:
 
     def _lower(self, kind: Kind, args: tuple[Any, ...]) -> tuple[str, jax.stages.Lowered, dict[str, float]]:
         function: Callable[..., Any] = kind.function
-        if self.mapped or len(self.devices) > 1:
+        if self.layout == SAME and (self.mapped or len(self.devices) > 1):
             # Replication of the results is not checked by shard_map, as it is not by pmap: the step's own
             # means over the devices make it so, and the tests compare one device with several.
             function = jax.shard_map(
@@ -225,8 +244,8 @@ class Engine:
         jitted = jax.jit(
             function,
             donate_argnums=kind.donated,
-            in_shardings=tuple(self.sharding(spec) for spec in kind.inputs),
-            out_shardings=tuple(self.sharding(spec) for spec in kind.outputs),
+            in_shardings=self.shardings(kind.inputs),
+            out_shardings=self.shardings(kind.outputs),
         )
         began = time.perf_counter()
         with self._phases.trace:

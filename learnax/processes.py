@@ -56,7 +56,7 @@ class Processes(Protocol):
     def voice(self, function: F) -> F:
         """A function that is to be called by one process alone: itself there, one that does nothing elsewhere."""
 
-    def compare(self, what: str, facts: dict[str, str]) -> None:
+    def compare(self, what: str, facts: Callable[[], dict[str, str]]) -> None:
         """Compares facts with those of the others; ValueError where they differ, by name."""
 
     def from_first(self, text: str) -> str:
@@ -84,8 +84,8 @@ class OneProcess:
         """The function."""
         return function
 
-    def compare(self, what: str, facts: dict[str, str]) -> None:
-        """Nobody differs."""
+    def compare(self, what: str, facts: Callable[[], dict[str, str]]) -> None:
+        """Nobody differs; facts are not even looked for."""
 
     def from_first(self, text: str) -> str:
         """The text."""
@@ -123,14 +123,14 @@ class ManyProcesses:
         """The function on the first process, nothing on the others; None stays None."""
         return function if self.first or function is None else _silence  # type: ignore[return-value]
 
-    def compare(self, what: str, facts: dict[str, str]) -> None:
+    def compare(self, what: str, facts: Callable[[], dict[str, str]]) -> None:
         """Compares facts with those of the others.
 
         Raises:
             ValueError: they differ: names, and what each process has.
             PeerError: another process did not come here.
         """
-        all_facts = [json.loads(text) for text in self.exchange(what, json.dumps(facts))]
+        all_facts = [json.loads(text) for text in self.exchange(what, json.dumps(facts()))]
         names = dict.fromkeys(name for facts in all_facts for name in facts)
         lines = []
         for name in names:

@@ -32,18 +32,19 @@ class Programs:
         self._train = Kind(
             "train",
             functools.partial(train_many, recipe, room, with_outputs),
-            (SAME, SAME, BATCHES, SAME, SAME),
-            (SAME, SAME, SAME, SPLIT),
+            (engine.layout, SAME, BATCHES, SAME, SAME),
+            (engine.layout, SAME, SAME, SPLIT),
             donated=(0,),
         )
         self._evaluate = Kind(
             "evaluate",
             functools.partial(evaluate_many, recipe, room),
-            (SAME, SAME, SAME, BATCHES, SAME, SAME),
+            (engine.params_layout, SAME, SAME, BATCHES, SAME, SAME),
             (SAME, SAME),
         )
         # Nothing is donated: the caller's state stays usable.
-        self._update = Kind("update", functools.partial(update, recipe), (SAME, SAME, SPLIT), (SAME, SAME, SPLIT))
+        state = engine.layout
+        self._update = Kind("update", functools.partial(update, recipe), (state, SAME, SPLIT), (state, SAME, SPLIT))
 
     def train(
         self, state: TrainState, seq: jax.Array, block: Block, start: int, count: int
@@ -99,7 +100,7 @@ class Programs:
             key = jax.random.wrap_key_data(key)
         host = arranged(batch, datum, self._recipe.batch_size, self._recipe.shards)
         data = self._engine.spread(host, SPLIT)
-        owned = self._engine.own(state._replace(step=np.int32(state.step)))
+        owned = self._engine.own(state._replace(step=np.int32(state.step)), self._engine.layout)
         args = (owned, self._engine.put(key, SAME), data)
         return self._engine.program(self._update, signature_of(data), args)(*args)
 

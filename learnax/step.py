@@ -37,6 +37,7 @@ class Recipe:
         accumulate: batches whose gradients are averaged before an update.
         trusted: whether finite gradients and a finite rate make a finite update, as with Adam behind a clip.
         looped: whether the model is as fast inside a loop as outside.
+        gather: makes whole parameters for the loss of those that the state has, where they are divided over devices.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class Recipe:
     accumulate: int = 1
     trusted: bool = True
     looped: bool = True
+    gather: Callable[[PyTree], PyTree] = lambda params: params
 
 
 @jax.tree_util.register_pytree_node_class
@@ -105,6 +107,7 @@ def batch_losses(
 ) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
     """Outputs, losses and metrics of each datum of a share; a NaN loss counts as 0."""
     per_datum = functools.partial(datum_loss, recipe.model, recipe.losses)
+    params = recipe.gather(params)
     outputs, losses, metrics = jax.vmap(per_datum, in_axes=(None, 0, 0, None))(params, keys, batch, step)
     return outputs, jnp.where(jnp.isnan(losses), jnp.zeros_like(losses), losses), metrics
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from learnax import checks, clock
 from learnax.actions import Action, ModelSaver, Moment, Plotter, Sampler, StateSaver
@@ -37,9 +38,10 @@ from learnax.profiling.profiler import NoProfiler, Profiler, WindowProfiler
 from learnax.profiling.watchdog import Watchdog
 from learnax.programs import Programs
 from learnax.registry import Registry
+from learnax.sharding import Gather, divided
 from learnax.state import LearningRate, Position, PyTree, adam, fresh_state, key_pair, with_rate
 from learnax.state import TrainState as TrainState
-from learnax.step import Recipe, with_axis
+from learnax.step import AXIS, Recipe, with_axis
 from learnax.stops import Stops, TimeUpError
 from learnax.utils import same_structure
 
@@ -103,6 +105,8 @@ class Trainer:
         max_seconds: seconds that `train()` may take; after them it stops as for a signal, but returns. None for
             no limit.
         devices: devices that a batch is split over, by default all there are, those of other processes included.
+        shard_state: whether parameters and optimiser state are divided over the devices, and gathered where a step
+            needs them: memory per device falls as the devices grow in number.
         profile: steps that a profiler is to look at, `"cuda:100-110"`, `"trace:epoch 2"`, ...; see
             `learnax.profiling.windows.parse`. By default what `LEARNAX_PROFILE` says, or none.
 
@@ -158,6 +162,7 @@ class Trainer:
         compilation_cache: str | os.PathLike[str] | bool | None = None,
         max_seconds: float | None = None,
         devices: Sequence[jax.Device] | None = None,
+        shard_state: bool = False,
         profile: str | None = None,
     ):
         profiled = checks.check_profile(profile)
@@ -201,11 +206,16 @@ class Trainer:
         for name, dataset in splits.items():
             check_dataset(name, dataset, batch_size, accumulate_steps, tail=name != "train")
         self._data = {name: first_datum(name, dataset) for name, dataset in splits.items()}
-        if self.processes.count > 1:
-            shapes = jax.eval_shape(self.init_train_state)
-            self.processes.compare("arguments", checks.comparable(given, splits, self._data, shapes))
         traced = checks.check_model(model, losses, seed, self._data)
         self.engine.mapped = traced.mapped
+        shapes = jax.eval_shape(self.init_train_state)
+        gather: dict[str, Any] = {}
+        if shard_state:
+            checks.check_sharded(self.engine.mapped)
+            self.engine.layout = divided(shapes, self.device_count, AXIS)
+            specs = jax.tree.leaves(self.engine.params_layout, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+            gather["gather"] = Gather(self.engine.mesh, tuple(specs))
+        self.processes.compare("arguments", functools.partial(checks.comparable, given, splits, self._data, shapes))
         if keep_best_checkpoint:
             checks.check_best(best_metric_name, traced.metrics, list(splits))
 
@@ -223,10 +233,11 @@ class Trainer:
             learning_rate,
             max_grad,
             batch_size,
-            self.device_count,
+            1 if shard_state else self.device_count,
             accumulate_steps,
             trusted=self._own_optimizer and max_grad <= _SAFE_GRAD,
             looped=self.plan.looped,
+            **gather,
         )
         self.programs = Programs(self.engine, recipe, self.plan.room, with_outputs=plot_pipe is not None)
 
@@ -265,7 +276,7 @@ class Trainer:
                 )
             )
         if save_model is not None:
-            self._saves.append(ModelSaver(save_every, voice(save_model)))
+            self._saves.append(ModelSaver(save_every, voice(save_model), self.engine))
         if self.checkpointer is not None:
             self._saves.append(StateSaver(self.checkpointer, self._resume_point))
 
@@ -566,7 +577,7 @@ class Trainer:
 
     @train_state.setter
     def train_state(self, state: TrainState) -> None:
-        self._state = self.engine.own(TrainState(*state)._replace(step=np.int32(state.step)))
+        self._state = self.engine.own(TrainState(*state)._replace(step=np.int32(state.step)), self.engine.layout)
         self._places = self.engine.places(self._state)
 
     def maybe_init(self) -> None:
@@ -583,7 +594,9 @@ class Trainer:
             make = functools.partial(fresh_state, self.model, self.optimizer, key, datum)
             return with_axis(make) if self.engine.mapped else make()
 
-        return jax.jit(fresh)(key_pair(self.seed)[1], self._first)
+        # Where the state is divided, it is nowhere whole, not even at first.
+        layout = None if self.engine.layout == SAME else self.engine.shardings(self.engine.layout)
+        return jax.jit(fresh, out_shardings=layout)(key_pair(self.seed)[1], self._first)
 
     def _load(self) -> bool:
         """Takes over the checkpoint that `load_checkpoint` asks for; False where there is none to take."""

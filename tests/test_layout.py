@@ -16,7 +16,7 @@ ROOMS = [
     ["programs", "registry"],
     ["run"],
     ["log", "engine", "checkpoint", "data", "plan"],
-    ["step"],
+    ["step", "sharding"],
     ["state", "loss", "packing", "stops"],
     ["metrics", "utils", "profiling", "sender", "cache", "clock", "processes"],
 ]
