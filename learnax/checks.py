@@ -17,7 +17,7 @@ from learnax.loss import Losses
 from learnax.profiling.windows import Window, parse
 from learnax.state import PyTree, init_params
 from learnax.step import AXIS, apply_model, datum_loss, with_axis
-from learnax.utils import describe
+from learnax.utils import describe, leaves_by_path
 
 _logger = logging.getLogger("learnax")
 
@@ -59,12 +59,13 @@ def comparable(
     facts = {
         name: repr(value) if isinstance(value, plain) else "given"
         for name, value in given.items()
-        if name not in ("self", "run", "registry", "devices", "profile", "compilation_cache", "num_workers")
+        if name not in ("self", "run", "registry", "devices", "compilation_cache", "num_workers")
     }
     facts |= {f"len({name})": str(len(dataset)) for name, dataset in splits.items()}
     facts |= {f"data of {name}": describe(datum.arguments) for name, datum in data.items()}
     facts["registry"] = "None" if given["registry"] is None else "given"
-    return facts | {"parameters and optimiser's state": describe(state)}
+    facts["profile"] = ", ".join(map(str, check_profile(given["profile"]))) or "None"  # where dispatches are cut
+    return facts | {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(state).items()}
 
 
 def check_sharded(mapped: bool) -> None:
@@ -75,8 +76,8 @@ def check_sharded(mapped: bool) -> None:
     """
     if mapped:
         raise ValueError(
-            f"shard_state=True knows no mapped axis, but the model or the losses use {AXIS!r}: there they see the whole "
-            "batch, so leave their collectives out"
+            f"shard_state=True knows no mapped axis, but the model or the losses use {AXIS!r}: there they see the "
+            "whole batch, so leave their collectives out"
         )
 
 

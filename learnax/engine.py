@@ -98,6 +98,7 @@ class Engine:
     Attributes:
         devices: the devices that a batch is split over, those of a process side by side.
         spans: whether some of them belong to other processes.
+        own_devices: those of this process.
         share: this process's part of a batch: the first of `len(devices)` equal parts and the one after its last.
         mapped: whether user code names the mapped axis, so that one device needs it, too.
         layout: how the training state lies: `SAME`, or a `PartitionSpec` for each leaf of a state that is divided.
@@ -110,6 +111,7 @@ class Engine:
         self.devices = sorted(devices, key=lambda device: device.process_index)
         mine = [place for place, device in enumerate(self.devices) if device.process_index == here]
         self.spans = len(mine) < len(self.devices)
+        self.own_devices = [self.devices[place] for place in mine]
         self.share = (mine[0], mine[-1] + 1)
         self._phases = phases
         self.mesh = Mesh(np.asarray(self.devices), (AXIS,))
@@ -152,7 +154,14 @@ class Engine:
         """A tree from the devices, on each process's host: from all of its parts. All processes call it."""
         if self.spans:
             tree = jax.jit(lambda tree: tree, out_shardings=self.sharding(SAME))(tree)
-        return jax.tree.map(np.asarray, tree)
+
+        def fetch(leaf: Any) -> Any:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # it has no form in numpy
+                data = jnp.asarray(np.asarray(jax.random.key_data(leaf)))
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+            return np.asarray(leaf)
+
+        return jax.tree.map(fetch, tree)
 
     def scalar(self, value: int) -> jax.Array:
         """A whole number on the devices; few of them come up, again and again."""

@@ -44,7 +44,7 @@ class Preflight:
         validation_s: seconds of a validation.
         epoch_s: seconds of an epoch with its validation, by these.
         steps: training steps in an epoch.
-        save_s: seconds of a save, until it is on disk.
+        save_s: seconds of a save, until it is on disk; None over several processes, where it is not tried.
         restore_s: seconds of reading it again; it is compared bit for bit.
     """
 
@@ -62,8 +62,8 @@ class Preflight:
     validation_s: float
     epoch_s: float
     steps: int
-    save_s: float
-    restore_s: float
+    save_s: float | None
+    restore_s: float | None
 
     def __str__(self) -> str:
         in_place = f"{self.arrays - len(self.copied)} of the state's {self.arrays} arrays"
@@ -79,8 +79,10 @@ class Preflight:
             ("a step", f"{amount(self.step_s, 's')}; its data are read in {amount(self.read_s, 's')}"),
             ("a validation", amount(self.validation_s, "s")),
             ("an epoch", f"{amount(self.epoch_s, 's')}, {self.steps} steps and a validation"),
-            ("a save", f"{amount(self.save_s, 's')}; read again in {amount(self.restore_s, 's')}, bit for bit"),
         ]
+        if self.save_s is not None and self.restore_s is not None:
+            text = f"{amount(self.save_s, 's')}; read again in {amount(self.restore_s, 's')}, bit for bit"
+            rows.append(("a save", text))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
@@ -131,13 +133,14 @@ class Flight:
         costs = {program.kind: program.costs for program in programs}
         block, read_s = self._read("train")
         memory = max(cost.memory for cost in costs.values()) + self._kept(block)
-        capacity = min((memory_of(device) or 0 for device in self._engine.devices), default=0) or None
+        capacity = min(memory_of(device) or 0 for device in self._engine.own_devices) or None
         if capacity is not None and memory > capacity:
             raise MemoryError(
                 f"the run takes {amount(memory, 'B')} on each device, which has {amount(capacity, 'B')}: a smaller "
                 "batch_size, with accumulate_steps to make up for it, or more devices make it fit"
             )
-        save_s, restore_s = _save_and_restore(state, resume)
+        # Over several processes a save needs storage that all share, which a temporary folder is not.
+        save_s, restore_s = (None, None) if self._engine.spans else _save_and_restore(state, resume)
         validation_s = sum(self._validation(name, state, seq) for name in self._loaders if name != "train")
         step_s, copied = self._train(state, seq, block)
         reading = 0.0 if self._kept(block) else read_s

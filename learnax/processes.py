@@ -6,23 +6,21 @@ see. A process that cannot go on leaves at once, so that the others notice, and 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import itertools
 import json
 import logging
 import os
-import re
 import signal
-import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import jax
+
+from learnax.farewell import PeerError, farewell, is_of_peers, name_of, reports, store
 
 F = TypeVar("F", bound=Callable[..., Any] | None)
 
@@ -31,13 +29,8 @@ PATIENCE_S = 300.0
 """How long a process waits for what another one is to tell: as long as their starts may lie apart."""
 GRACE_S = 5.0
 """How long survivors of a failure wait for one another, to know who is left."""
-_BROKEN = re.compile(r"gloo|nccl|connection (closed|reset)|unavailable|deadline_exceeded|socket", re.IGNORECASE)
-"""What the collectives of JAX's back ends say when a peer is gone."""
+_PACKAGE = Path(__file__).parent
 _TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
-
-class PeerError(RuntimeError):
-    """Another process of the run has failed or is gone; which, and what to do, is in the text."""
 
 
 class Processes(Protocol):
@@ -111,12 +104,14 @@ class OneProcess:
 class ManyProcesses:
     """A run over the processes that `jax.distributed.initialize` has connected."""
 
-    _rounds = itertools.count()  # of this process; all make the same calls in the same order
+    # Of this process, whatever trains in it: all processes make the same calls in the same order.
+    _rounds = itertools.count()
+    _steps = itertools.count()
+    _noticed = False
 
     def __init__(self) -> None:
         self.index, self.count = jax.process_index(), jax.process_count()
         self.first = self.index == 0
-        _arm()
         _quieten()
 
     def voice(self, function: F) -> F:
@@ -168,11 +163,11 @@ class ManyProcesses:
         """
         place = f"learnax/matter/{matter}"
         if not self.first:
-            _client().key_value_set(f"{place}/{self.index}", text)
+            store().key_value_set(f"{place}/{self.index}", text)
             return self._await(f"{place}/verdict", 0, matter)
         texts = [text, *(self._await(f"{place}/{number}", number, matter) for number in range(1, self.count))]
         verdict = judge(texts)
-        _client().key_value_set(f"{place}/verdict", verdict)
+        store().key_value_set(f"{place}/verdict", verdict)
         return verdict
 
     def stop_wanted(self, mine: int) -> int:
@@ -184,14 +179,14 @@ class ManyProcesses:
         Args:
             mine: this process's reason, above 0; 0 for none.
         """
-        if mine and not _told:
-            _told.append(mine)
+        if mine and not ManyProcesses._noticed:
+            ManyProcesses._noticed = True
             os.kill(os.getpid(), signal.SIGTERM)  # what JAX's service takes for the notice
         from jax.experimental import multihost_utils
 
-        if not multihost_utils.reached_preemption_sync_point(next(_calls)):
+        if not multihost_utils.reached_preemption_sync_point(next(ManyProcesses._steps)):
             return 0
-        _agreed.append(True)
+        farewell.together = True
         reasons = [int(text) for text in self.exchange("why they stop", str(mine))]
         return max(*reasons, signal.SIGTERM if not any(reasons) else 0)
 
@@ -201,8 +196,8 @@ class ManyProcesses:
         The others wait in a collective, and would do so for as long as this process is there: once the script is over,
         it ends without the farewell that JAX makes all processes wait for.
         """
-        _tell(error)
-        if isinstance(error, PeerError) or not _is_of_peers(error):
+        farewell.tell(error)
+        if isinstance(error, PeerError) or not is_of_peers(error):
             return error
         failure = self._failure(self._who(), f" The collective said: {_first_line(error)}")
         # At once: the loss of the first process, which holds the connections, ends all others in the midst of anything.
@@ -227,20 +222,20 @@ class ManyProcesses:
             thread.join()
 
     def _watch(self, over: threading.Event) -> None:
-        while not over.wait(1.0) and not _leaves:
+        while not over.wait(1.0) and farewell.status is None:
             try:
-                failed = [f"{_name(index, self.count)} failed: {text}" for index, text in _reports("failed")]
+                failed = [f"{name_of(index)} failed: {text}" for index, text in reports("failed")]
             except jax.errors.JaxRuntimeError:
                 return  # the first process is gone; JAX's service ends this one
             if failed:
                 _logger.error("%s", self._failure("; ".join(failed), ""))
                 if not over.wait(GRACE_S):
-                    _leaves.append(_Leave(1, time.monotonic()))
-                    _leave_at_once()
+                    farewell.leave_with(1)
+                    farewell.leave_at_once()
 
     def _failure(self, why: str, more: str) -> PeerError:
         return PeerError(
-            f"{_name(self.index, self.count)} cannot go on: {why}. Start all processes again: with a registry and "
+            f"{name_of(self.index)} cannot go on: {why}. Start all processes again: with a registry and "
             f"load_checkpoint=True they go on from the last checkpoint.{more}"
         )
 
@@ -248,29 +243,31 @@ class ManyProcesses:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                return _client().blocking_key_value_get(key, 500)
-            for index, text in _reports("failed"):
+                return store().blocking_key_value_get(key, 500)
+            for index, text in reports("failed"):
                 if index != self.index:
-                    raise PeerError(f"{_name(index, self.count)} failed: {text}")
-            if time.monotonic() > deadline or (_leaves and time.monotonic() > _leaves[0].since + GRACE_S):
+                    raise PeerError(f"{name_of(index)} failed: {text}")
+            if farewell.status is not None:
+                deadline = min(deadline, farewell.since + GRACE_S)
+            if time.monotonic() > deadline:
                 raise PeerError(
-                    f"{_name(number, self.count)} did not come to {what!r} within {PATIENCE_S:g} s: is it running, and "
+                    f"{name_of(number)} did not come to {what!r} within {PATIENCE_S:g} s: is it running, and "
                     "does its script build the same trainers in the same order?"
                 )
 
     def _who(self) -> str:
         """Which peers are gone, as far as can be known."""
         try:
-            _client().key_value_set(f"learnax/left/{self.index}", "1", allow_overwrite=True)
+            store().key_value_set(f"learnax/left/{self.index}", "1", allow_overwrite=True)
             deadline = time.monotonic() + GRACE_S
             gone = set(range(self.count)) - {self.index}
             while gone and time.monotonic() < deadline:
-                gone -= {index for index, _ in _reports("left")}
+                gone -= {index for index, _ in reports("left")}
                 time.sleep(0.05)
-            failed = [f"{_name(index, self.count)} failed: {text}" for index, text in _reports("failed")]
+            failed = [f"{name_of(index)} failed: {text}" for index, text in reports("failed")]
         except jax.errors.JaxRuntimeError:
-            return f"{_name(0, self.count)}, which all are connected through, is gone"
-        silent = [_name(index, self.count) for index in sorted(gone)]
+            return f"{name_of(0)}, which all are connected through, is gone"
+        silent = [name_of(index) for index in sorted(gone)]
         if failed:
             return "; ".join(failed)
         return f"{', '.join(silent)} {'is' if len(silent) == 1 else 'are'} gone" if silent else "the connection broke"
@@ -291,91 +288,20 @@ def processes_of(devices: Sequence[jax.Device]) -> Processes:
             f"devices belong to the processes {sorted(owners)}, expected all {jax.process_count()} of them, or this "
             f"one ({jax.process_index()}) alone; leave `devices` out to take all"
         )
+    counts = {sum(device.process_index == owner for device in devices) for owner in owners}
+    if len(counts) > 1:
+        raise ValueError(f"each process must have as many of the devices, but they have {sorted(counts)} of them")
     return ManyProcesses()
 
 
-# ---- how a process leaves
-
-
-class _Leave(NamedTuple):
-    """That this process ends as soon as its script does: with which exit status, and since when."""
-
-    status: int
-    since: float
-
-
-_told: list[int] = []
-_agreed: list[bool] = []
-_calls = itertools.count()
-_leaves: list[_Leave] = []
-_armed: list[bool] = []
-
-
-def _arm() -> None:
-    """From here on, an error that ends the script is told to the other processes, and ends this one at once."""
-    if _armed:
-        return
-    _armed.append(True)
-    hook = sys.excepthook
-
-    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not _agreed:  # else all leave together
-            print(f"learnax: {_name(jax.process_index(), jax.process_count())} ends by an error", file=sys.stderr)
-        hook(kind, error, trace)
-        if not _agreed:
-            _tell(error)
-
-    def end() -> None:
-        if _leaves:
-            atexit._run_exitfuncs()  # the last of them that matters is `_leave_at_once`
-
-    sys.excepthook = told
-    # Python's end waits for the threads of pools first, and one of them for a peer: a save that is not finished.
-    threading._register_atexit(end)  # type: ignore[attr-defined]
-
-
-def _tell(error: BaseException) -> None:
-    """Leaves word for the others, and sees to it that the script's end is this process's."""
-    if _leaves:
-        return
-    status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    _leaves.append(_Leave(status, time.monotonic()))
-    if not isinstance(error, PeerError) and not _is_of_peers(error):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _client().key_value_set(f"learnax/failed/{jax.process_index()}", f"{type(error).__name__}: {error}")
-
-
-@atexit.register  # registered before those of scripts and runs, so that it comes after them; and before JAX's
-def _leave_at_once() -> None:
-    if _leaves:
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
-        os._exit(_leaves[0].status)
+def connected() -> Processes:
+    """All processes that JAX has connected so far; this one alone where it has not. The devices are not looked at."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return OneProcess()
+    return ManyProcesses()
 
 
 # ---- details
-
-
-def _client() -> Any:
-    from jax._src import distributed  # the store has no public name
-
-    return distributed.global_state.client
-
-
-def _reports(kind: str) -> Iterable[tuple[int, str]]:
-    for key, text in _client().key_value_dir_get(f"learnax/{kind}/"):
-        yield int(key.rsplit("/", 1)[-1]), text
-
-
-def _name(index: int, count: int) -> str:
-    where = f" ({socket.gethostname()}, pid {os.getpid()})" if index == jax.process_index() else ""
-    return f"process {index} of {count}{where}"
-
-
-def _is_of_peers(error: BaseException) -> bool:
-    return isinstance(error, (RuntimeError, ValueError)) and bool(_BROKEN.search(str(error)))
 
 
 def _first_line(error: BaseException) -> str:
@@ -400,8 +326,10 @@ class _Own(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether it comes from a room whose work differs between processes; names the process."""
-        room = re.search(r"learnax[/\\](\w+)", record.pathname)
-        if room is None or room[1] not in self._OWN:
+        path = Path(record.pathname)
+        if not path.is_relative_to(_PACKAGE):
+            return False
+        if path.relative_to(_PACKAGE).parts[0].removesuffix(".py") not in self._OWN:
             return False
         record.msg = f"process {jax.process_index()}: {record.msg}"
         return True

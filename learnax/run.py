@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from learnax.checkpoint import Checkpointer
+from learnax.processes import connected
 from learnax.state import TrainState
 
 
@@ -32,6 +34,8 @@ class Run:
     def new(cls, project: str, path: str | os.PathLike[str], config: Any = None, entity: str | None = None) -> Run:
         """Starts a wandb run, and makes its folder `path/<id>` with the config in `config.yml`.
 
+        Of several processes (`jax.distributed`) the first one does; the others have the same run without a session.
+
         Args:
             project: the wandb project.
             path: the folder of all of the project's runs.
@@ -40,7 +44,10 @@ class Run:
         """
         from omegaconf import OmegaConf
 
-        folder = Path(path)
+        folder, processes = Path(path), connected()
+        if not processes.first:
+            id, name = json.loads(processes.from_first(""))
+            return cls(id, folder / id, name)
         folder.mkdir(parents=True, exist_ok=True)
         config = OmegaConf.create({}) if config is None else OmegaConf.create(config)
         plain: Any = OmegaConf.to_container(config, resolve=True)
@@ -48,6 +55,7 @@ class Run:
         run = cls(session.id, folder / session.id, session.name, session)
         run.path.mkdir(exist_ok=True)
         OmegaConf.save(config, run.path / "config.yml")
+        processes.from_first(json.dumps([run.id, run.name]))
         return run
 
     @classmethod
@@ -58,6 +66,8 @@ class Run:
             FileNotFoundError: there is no such run.
         """
         folder = cls.folder(id, path)
+        if not connected().first:
+            return cls(id, folder)
         session = _session(project=project, entity=entity, id=id, resume="allow", dir=str(Path(path)))
         return cls(id, folder, session.name, session)
 

@@ -284,6 +284,8 @@ class Trainer:
         self.profiler: Profiler = NoProfiler()
         if profiled:
             folder = Path("learnax-profile") if self.checkpointer is None else self.checkpointer.path.parent / "profile"
+            if self.processes.count > 1:
+                folder /= f"process-{self.processes.index}"
             self.profiler = WindowProfiler(profiled, folder, self._settle, self.phases, marks)
         self.watchdog = Watchdog(self._calls, lambda: self.phases.current.name)
         self.rng_seq = self.engine.put(key_pair(seed)[0], SAME)
@@ -552,7 +554,11 @@ class Trainer:
             raise RuntimeError("preflight() is for before train(): the run is under way")
         self._compile()
         flight = Flight(self.engine, self.programs, self.plan, self.loaders, self.accumulate_steps, self._epoch_steps)
-        kept = jax.tree.map(np.array, self.train_state)  # a step takes over the buffers
+        # A step takes over the buffers. A host has room for a state, devices may not; but a host has not all of it
+        # where it is divided over several.
+        kept = self.train_state
+        spread = self.engine.spans and self.engine.layout != SAME
+        kept = self.engine.own(kept, self.engine.layout) if spread else jax.tree.map(np.array, kept)
         try:
             return flight.fly(self.train_state, self.rng_seq, self._resume_point())
         finally:

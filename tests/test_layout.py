@@ -18,7 +18,8 @@ ROOMS = [
     ["log", "engine", "checkpoint", "data", "plan"],
     ["step", "sharding"],
     ["state", "loss", "packing", "stops"],
-    ["metrics", "utils", "profiling", "sender", "cache", "clock", "processes"],
+    ["processes"],
+    ["metrics", "utils", "profiling", "sender", "cache", "clock", "farewell"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -1,0 +1,382 @@
+"""Processes that train together: `together` starts, watches and kills them.
+
+One of them is `python -m tests.peers SCENARIO INDEX COUNT PORT FOLDER`: it connects to the others, and calls the
+scenario, a function of this module, with a dict that it fills; what is in there when it ends comes back.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax._src import xla_bridge
+
+import learnax.trainer
+from learnax.loss import LossPipe
+from learnax.registry import Registry
+from tests.helpers import MLP, ROOT, MemoryRun, Poisonable, host, make_data, make_trainer
+
+BACKENDS_BY_IMPORT = xla_bridge.backends_are_initialized()
+"""Whether what is imported here, learnax above all, has asked JAX for its devices."""
+
+
+class Ended(NamedTuple):
+    """How a process ended, and what it left."""
+
+    code: int
+    out: str
+    err: str
+    results: dict[str, Any]
+
+    @property
+    def said(self):
+        """Its lines on stderr that are not of JAX's collectives."""
+        return [line for line in self.err.splitlines() if line.strip() and not line.startswith("[Gloo]")]
+
+
+def together(scenario, folder, count, devices=1, *, env=None, seconds=90, codes=(0,)):
+    """Runs a scenario in `count` processes of so many devices each; what is left of them after it is killed.
+
+    Raises:
+        AssertionError: one did not end in time, or with another exit status; the text has what each of them printed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "default",
+        **(env or {}),
+    }
+    environment = {name: value for name, value in environment.items() if value is not None}
+    processes = []
+    deadline = time.monotonic() + seconds
+    late = []
+    try:
+        for index in range(count):
+            arguments = [scenario, str(index), str(count), str(port), str(folder)]
+            with open(folder / f"{index}.out", "wb") as out, open(folder / f"{index}.err", "wb") as err:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tests.peers", *arguments],
+                        env=environment,
+                        stdout=out,
+                        stderr=err,
+                        start_new_session=True,  # so that processes that read data die with it
+                    )
+                )
+        for index, process in enumerate(processes):
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                late.append(index)
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # JAX keeps a SIGTERM for itself
+            process.wait()
+    ended = [_ended(folder, index, process) for index, process in enumerate(processes)]
+    what = f"after {seconds} s, processes {late} were still there" if late else ""
+    if not late and any(one.code not in codes for one in ended):
+        what = f"exit statuses {[one.code for one in ended]}, expected {codes}"
+    if what:
+        texts = [f"---- process {index}\n{one.out}\n{one.err}" for index, one in enumerate(ended)]
+        raise AssertionError("\n".join([f"{scenario} on {count} processes: {what}", *texts]))
+    return ended
+
+
+def _ended(folder, index, process):
+    results = folder / f"{index}.pickle"
+    return Ended(
+        process.returncode,
+        (folder / f"{index}.out").read_text(errors="replace"),
+        (folder / f"{index}.err").read_text(errors="replace"),
+        pickle.loads(results.read_bytes()) if results.exists() else {},
+    )
+
+
+def main(scenario, index, count, port, folder):
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.distributed.initialize(f"localhost:{port}", int(count), int(index), heartbeat_timeout_seconds=10)
+    results = {"backends by import": BACKENDS_BY_IMPORT}
+    try:
+        SCENARIOS[scenario](results)
+    finally:
+        (Path(folder) / f"{index}.pickle").write_bytes(pickle.dumps(results))
+
+
+# ---- what is trained
+
+
+class Noisy(nn.Module):
+    """Two layers, noise from the `params` stream, and dropout through a stream of its own."""
+
+    @nn.compact
+    def __call__(self, x, y=None):
+        x = x + 0.1 * jax.random.normal(self.make_rng("params"), x.shape)
+        return nn.Dense(3)(nn.Dropout(0.25, deterministic=False)(nn.relu(nn.Dense(16)(x))))
+
+
+class Convolution(nn.Module):
+    @nn.compact
+    def __call__(self, x, y=None):
+        x = nn.relu(nn.Conv(4, (3, 3))(x.reshape(4, 2, 1)))
+        return nn.Dense(3)(x.reshape(-1))
+
+
+class Read:
+    """A dataset that is no list, and keeps which data were read."""
+
+    def __init__(self, data):
+        self.data = data
+        self.indices = []
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        self.indices.append(index)
+        return self.data[index]
+
+
+class Shown:
+    """A user's functions, and what they were called with."""
+
+    def __init__(self):
+        self.plots, self.outputs, self.samples, self.saved, self.measured = [], [], [], [], []
+        self.run = MemoryRun()
+
+    def options(self):
+        return {
+            "run": self.run,
+            "plot_pipe": lambda run, outputs, batch: self.plots.append((run is self.run, outputs, batch)),
+            "plot_model": self.plot_model,
+            "plot_every": 3,
+            "sample_every": 4,
+            "sample_batch_size": 5,
+            "sample_model": sample,
+            "sample_plot": lambda run, samples, nothing: self.samples.append((run is self.run, samples, nothing)),
+            "sample_metrics": self.measure,
+            "save_model": self.saved.append,
+            "save_every": 4,
+        }
+
+    def plot_model(self, output):
+        self.outputs.append(output)
+        return 2 * output
+
+    def measure(self, sample, datum):
+        self.measured.append(1)
+        return {"sampled": np.abs(sample - datum[1]).mean()}
+
+
+def sample(params, key, datum):
+    return MLP().apply({"params": params}, *datum) + 0.1 * jax.random.normal(key, (3,))
+
+
+def poisoned():
+    """Five batches of 8: of the second and the fourth, a datum of the last process is bad."""
+    data = make_data(43)
+    for number in (15, 31):
+        data[number][1] = np.full(3, 7, np.float32)
+    return data
+
+
+TAIL = 19
+"""Data of a validation set: two whole batches, and one that leaves nothing for the last process."""
+STEPS = 6
+"""Steps of an epoch on a single batch."""
+
+RUNS = {
+    "fused": lambda: {"model": Noisy(), "val_datasets": [make_data(TAIL, 1), make_data(1, 2)]},
+    "read again": lambda: {"train_dataset": Read(make_data(43)), "val_datasets": [Read(make_data(TAIL, 1))]},
+    "worker": lambda: {"steps_per_execution": 1, "num_workers": 1},
+    "accumulated": lambda: {"accumulate_steps": 2},
+    "single batch": lambda: {"single_batch": True},
+    "guarded": lambda: {"train_dataset": poisoned(), "losses": LossPipe([Poisonable()])},
+    "shown": lambda: Shown().options(),
+    "convolution": lambda: {"model": Convolution()},
+}
+
+
+def trained(name):
+    """What came of a run, and how."""
+    options = {"devices": None, **RUNS[name]()}
+    with mock.patch.object(learnax.trainer, "_SINGLE_BATCH_STEPS", STEPS):
+        trainer = make_trainer(**options)
+    returned = trainer.train()
+    programs = trainer.engine.programs.values()
+    results = {
+        "params": host(trainer.train_state.params),
+        "step": int(trainer.train_state.step),
+        "metrics": {name: values for name, values in trainer.metrics.items() if "update_time" not in name},
+        "times": len(trainer.metrics["train/update_time"]),
+        "rng": np.array(jax.random.key_data(trainer.rng_seq)),
+        "kinds": sorted(program.kind for program in programs),
+        "calls": trainer._calls(),
+        "room": trainer.plan.room,
+    }
+    if name in ("fused", "accumulated"):
+        results["resident"] = {split: resident(loader) for split, loader in trainer.loaders.items()}
+    if name == "read again":
+        results["reads"] = {split: loader.dataset.indices for split, loader in trainer.loaders.items()}
+    if name == "shown":
+        shown = options["plot_model"].__self__
+        assert returned is shown.run
+        results |= {key: getattr(shown, key) for key in ("plots", "outputs", "samples", "saved", "measured")}
+        results["rows"] = shown.run.rows
+    return results
+
+
+def resident(loader):
+    """Of each leaf that is kept on the devices: its own shape, and the part that each device of this process holds."""
+    return [
+        (leaf.shape, leaf_of_host.shape, [(shard.device.id, shard.data.shape, shard.index) for shard in shards])
+        for block in loader._resident
+        for leaf, leaf_of_host in zip(jax.tree.leaves(block.device), jax.tree.leaves(block.host), strict=True)
+        for shards in [leaf.addressable_shards]
+    ]
+
+
+def failure(**options):
+    """The error that building a trainer ends by, and the seconds that it takes."""
+    began = time.monotonic()
+    try:
+        make_trainer(**{"devices": None, **options})
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - began
+    return "nothing", "", time.monotonic() - began
+
+
+# ---- scenarios
+
+
+def train_all(results):
+    for name in RUNS:
+        results[name] = trained(name)
+    results["devices of some"] = failure(devices=jax.devices()[: jax.local_device_count() + 1], batch_size=6)
+
+
+DIFFERENT = {
+    "batch_size": ({"batch_size": 8}, {"batch_size": 16}),
+    "seed": ({"seed": 0}, {"seed": 1}),
+    "learning_rate": ({"learning_rate": 0.01}, {"learning_rate": 0.02}),
+    "len(train)": ({"train_dataset": make_data(43)}, {"train_dataset": make_data(42)}),
+    "len(val_1)": ({"val_datasets": [make_data(TAIL)]}, {"val_datasets": [make_data(TAIL), make_data(5)]}),
+    "steps_per_execution": ({"steps_per_execution": "auto"}, {"steps_per_execution": 1}),
+    "params/Dense_1/kernel": ({"model": MLP(16)}, {"model": MLP(17)}),
+    "plot_pipe": ({"plot_pipe": print}, {}),
+}
+"""What two processes give, and differs."""
+
+
+def misuse(results):
+    for name, options in DIFFERENT.items():
+        results[name] = failure(**options[jax.process_index()])
+    results["not divided"] = failure(batch_size=9)
+    results["of one"] = failure(devices=jax.devices()[:1])
+    try:
+        make_trainer(devices=None).preflight()
+    except Exception as error:
+        results["preflight"] = repr(error)
+    make_trainer(devices=None, seed=jax.process_index())
+
+
+def _peer_fails(results, spoil):
+    try:
+        if jax.process_index() == 1:
+            spoil()
+        began = time.monotonic()
+        make_trainer(devices=None)
+    except Exception as error:
+        results["seconds"] = time.monotonic() - began if jax.process_index() == 0 else 0
+        results["error"] = type(error).__name__, str(error)
+        raise
+
+
+def fails_before(results):
+    def spoil():
+        raise LookupError("no data on this machine")
+
+    _peer_fails(results, spoil)
+
+
+def fails_while(results):
+    class Broken(Read):
+        def __getitem__(self, index):
+            raise LookupError("no data on this machine")
+
+    _peer_fails(results, lambda: make_trainer(devices=None, train_dataset=Broken(make_data(43))))
+
+
+class Act:
+    """Does something to this process, once, right after a step."""
+
+    def __init__(self, trainer, step, what):
+        self._trainer, self._step, self._what = trainer, step, what
+
+    def next_due(self, step):
+        return self._step if step < self._step else math.inf
+
+    def __call__(self, moment):
+        if self._what == "raise":
+            raise LookupError("the disk of this machine is gone")
+        if self._what == "leave":
+            sys.exit(7)
+        if self._what == "SIGKILL":
+            deadline = time.monotonic() + 30
+            while not self._trainer.checkpointer.list_available_checkpoints() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        os.kill(os.getpid(), getattr(signal, self._what))
+
+
+def resumed(results):
+    """A run on a registry; PEERS says what of it, and who does what to itself at which step."""
+    options = json.loads(os.environ["PEERS"])
+    acts = options.pop("acts", {})
+    width = options.pop("width", 16)
+    registry = Registry("tests", options.pop("registry"))
+    data = {"train_dataset": make_data(43), "val_datasets": [make_data(TAIL, 1)], "model": MLP(width)}
+    trainer = make_trainer(**data, **{"devices": None, "registry": registry, "load_checkpoint": True} | options)
+    results["begins"] = trainer.log.step
+    for who, (step, what) in acts.items():  # a signal that nobody heeds: dispatches are cut alike on all
+        trainer._saves.append(Act(trainer, step, what if int(who) == jax.process_index() else "SIGCHLD"))
+    try:
+        trainer.train()
+    finally:
+        results["ends"] = trainer.log.step
+    results["state"] = jax.tree.map(trainer.engine.whole, trainer.train_state)
+    results["metrics"] = {name: values for name, values in trainer.metrics.items() if "update_time" not in name}
+    results["checkpoints"] = trainer.checkpointer.list_available_checkpoints()
+
+
+def named_runs(results):
+    """A run of wandb's, which each process starts; and a preflight."""
+    run = Registry("named", os.environ["PEERS"]).new_run({"a": 1})
+    trainer = make_trainer(devices=None, run=run, registry=Registry("named", os.environ["PEERS"]))
+    results["preflight"] = str(trainer.preflight())
+    trainer.train()
+    results |= {"id": run.id, "session": run.wandb_run is not None, "path": str(trainer.checkpointer.path)}
+    run.finish()
+
+
+ALL = (train_all, misuse, fails_before, fails_while, resumed, named_runs)
+SCENARIOS = {function.__name__: function for function in ALL}
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

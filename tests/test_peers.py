@@ -1,0 +1,140 @@
+"""Runs over processes that are stopped, killed and resumed: saved by all, ended by all, gone on with by any layout."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from learnax.packing import SMALL
+from tests import peers
+from tests.helpers import MLP, assert_trees_close, assert_trees_equal, host, make_data, make_trainer
+
+WIDTH = 2 * SMALL // 8
+"""Of a layer that is worth dividing."""
+
+
+def run(folder, name, count, devices, *, codes=(0,), registry="registry", **options):
+    options |= {"registry": str(folder / registry)}
+    env = {"PEERS": json.dumps(options)}
+    return peers.together("resumed", folder / name, count, devices, env=env, codes=codes)
+
+
+def whole_run(epochs, width=16):
+    """The same run in this process, left alone, on four devices."""
+    data = {"train_dataset": make_data(43), "val_datasets": [make_data(peers.TAIL, 1)], "model": MLP(width)}
+    trainer = make_trainer(num_epochs=epochs, devices=jax.devices()[:4], **data)
+    trainer.train()
+    return trainer
+
+
+def assert_same_run(results, trainer):
+    assert_trees_close(results["state"], trainer.train_state, atol=1e-5)
+    for name, values in results["metrics"].items():
+        np.testing.assert_allclose(values, trainer.metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_each_layout_goes_on_where_another_one_stopped(sharded, tmp_path):
+    options = {"save_every": 4, "shard_state": sharded, "width": WIDTH if sharded else 16}
+    for epochs, (count, devices) in enumerate([(2, 2), (1, 4), (4, 1), (2, 1)], 1):
+        ended = run(tmp_path, f"{epochs}", count, devices, num_epochs=epochs, **options)
+        assert [peer.results["begins"] for peer in ended] == [5 * (epochs - 1)] * count
+        for peer in ended:
+            assert peer.results["checkpoints"][0] == "latest"
+            assert peer.results["checkpoints"][-1] == 5 * epochs
+        for peer in ended[1:]:
+            assert_trees_equal(peer.results["state"], ended[0].results["state"])
+            assert not [line for line in peer.said if "learnax" in line]
+    assert_same_run(ended[0].results, whole_run(4, options["width"]))
+
+
+def test_a_peer_that_is_killed_ends_the_others_and_the_next_start_ends_with_the_same_bits(tmp_path):
+    options = {"num_epochs": 3, "save_every": 2, "steps_per_execution": 1}
+    untouched = run(tmp_path, "untouched", 2, 1, registry="other", **options)
+    began = time.monotonic()
+    first, second = run(tmp_path, "killed", 2, 1, acts={"1": [9, "SIGKILL"]}, codes=(1, -9, -6), **options)
+    assert time.monotonic() - began < 60
+    assert second.code == -signal.SIGKILL
+    # Whichever notices first: the collective, or JAX's heartbeats.
+    assert "process 1 of 2 is gone. Start all processes again" in first.err or "unhealthy" in first.err
+    resumed = run(tmp_path, "resumed", 2, 1, **options)
+    assert 0 < resumed[0].results["begins"] <= 9  # it was killed once a save was on disk
+    for peer, other in zip(resumed, untouched, strict=True):
+        assert_trees_equal(peer.results["state"], other.results["state"])
+        assert peer.results["metrics"] == other.results["metrics"]
+
+
+@pytest.mark.parametrize("what", ["raise", "leave"])
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_peer_that_fails_ends_the_others_who_say_why(what, who, tmp_path):
+    ended = run(
+        tmp_path, "failed", 2, 2, num_epochs=40, acts={str(who): [7, what]}, codes=(1, 7, -6), steps_per_execution=1
+    )
+    why = "LookupError: the disk of this machine is gone" if what == "raise" else "SystemExit: 7"
+    assert ended[who].code == (1 if what == "raise" else 7)
+    assert ended[who].results["ends"] == 7
+    assert f"process {who} of 2 failed: {why}. Start all processes again: with a registry and" in ended[1 - who].err
+    if what == "raise":
+        assert f"learnax: process {who} of 2" in ended[who].err
+
+
+@pytest.mark.parametrize(("signum", "code"), [("SIGTERM", 143), ("SIGINT", -2)])
+def test_a_signal_to_one_process_makes_all_save_the_same_step_and_leave(signum, code, tmp_path):
+    options = {"num_epochs": 200, "save_every": 100_000, "steps_per_execution": 1}
+    # In a group of their own, so that the signal comes to one of them alone.
+    ended = run(tmp_path, "stopped", 2, 1, acts={"1": [7, signum]}, codes=(code, 130), **options)
+    (step,) = {peer.results["ends"] for peer in ended}
+    assert 7 <= step < 1000
+    assert f"stopped at step {step} by {signum}, and saved: load_checkpoint=True goes on from here" in ended[0].err
+    assert "stopped at" not in ended[1].err
+    epochs = -(-(step + 1) // 5)
+    resumed = run(tmp_path, "resumed", 2, 1, **{**options, "num_epochs": epochs})
+    assert [peer.results["begins"] for peer in resumed] == [step, step]
+    assert_same_run(resumed[0].results, whole_run(epochs))
+
+
+def test_the_end_of_the_time_of_one_process_is_that_of_all(tmp_path):
+    options = {"num_epochs": 100_000, "save_every": 100_000, "max_seconds": 3}
+    ended = run(tmp_path, "timed", 2, 1, **options)
+    (step,) = {peer.results["ends"] for peer in ended}
+    assert step > 0
+    assert f"stopped at step {step} by TimeUpError: max_seconds=3 are over, and saved" in ended[0].err
+    assert all(peer.results["checkpoints"] == ["latest", step] for peer in ended)
+
+
+def test_one_process_starts_the_run_and_all_save_in_its_folder(tmp_path):
+    first, second = peers.together("named_runs", tmp_path / "peers", 2, env={"PEERS": str(tmp_path)})
+    assert first.results["id"] == second.results["id"]
+    assert (first.results["session"], second.results["session"]) == (True, False)
+    expected = str(tmp_path / "named" / first.results["id"] / "checkpoints")
+    assert first.results["path"] == second.results["path"] == expected
+    for peer in (first, second):
+        assert "each device, which has" in peer.results["preflight"]
+        assert "a save" not in peer.results["preflight"]  # a temporary folder is not shared
+
+
+def test_a_process_alone_reads_what_several_have_saved(tmp_path):
+    from learnax.checkpoint import Checkpointer
+
+    ended = run(tmp_path, "saved", 2, 1, num_epochs=1, shard_state=True, width=WIDTH)
+    loaded = Checkpointer(tmp_path / "registry" / "tests" / "trainer" / "checkpoints").load_latest()
+    assert_trees_equal(host(loaded["state"].params), ended[0].results["state"].params)
+
+
+def test_a_piece_that_was_changed_is_noticed(tmp_path):
+    from learnax.checkpoint import files
+
+    run(tmp_path, "saved", 2, 1, num_epochs=1, shard_state=True, width=WIDTH)
+    folder = tmp_path / "registry" / "tests" / "trainer" / "checkpoints"
+    save = max(path for path in folder.iterdir() if path.name.isdecimal())
+    tree, meta = files.read(save)
+    assert meta["pieces"]["params/Dense_1/kernel"][0] == 1  # along its second axis
+    array = np.array(tree["params"]["Dense_1"]["kernel"])
+    sums = meta["pieces"]["params/Dense_1/kernel"][1]
+    assert files._piece_sums(array, 1, sums) == sums
+    array[3, -1] += 1
+    changed = files._piece_sums(array, 1, sums)
+    assert [start for start in sums if sums[start] != changed[start]] == [str(WIDTH // 2)]
