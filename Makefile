@@ -9,10 +9,25 @@ SCRIPT ?= -m bench.train $(WORKLOAD)
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: train test check test-floor soak bench bench-compare profile nsys ncu clean
+.PHONY: train train-2 test check test-floor soak bench bench-compare bench-scaling profile nsys ncu clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
+
+# The same as one run over two processes of this machine: on the CPU, or JAX_PLATFORMS=cuda for a GPU each. An
+# interrupt stops both in order, as SIGTERM to one does. Where one fails, the other has 10 s to say so, and is killed.
+train-2: $(INSTALLED)
+	@port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
+	export JAX_COORDINATOR_ADDRESS=localhost:$$port JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}; \
+	process() { JAX_LOCAL_DEVICE_IDS=$$1 exec $(BIN)/python examples/digits.py --distributed $$1/2 $(ARGS); }; \
+	process 0 & zero=$$!; process 1 >/dev/null & one=$$!; \
+	trap 'kill -TERM $$zero' INT TERM; \
+	while kill -0 $$zero 2>/dev/null && kill -0 $$one 2>/dev/null; do sleep 0.2; done; \
+	kill -0 $$zero 2>/dev/null && ended=$$one other=$$zero || ended=$$zero other=$$one; \
+	wait $$ended || { status=$$?; tries=0; \
+		while kill -0 $$other 2>/dev/null && [ $$((tries += 1)) -le 50 ]; do sleep 0.2; done; \
+		kill -KILL $$other 2>/dev/null; exit $$status; }; \
+	wait $$other
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -39,6 +54,10 @@ bench: $(VENV)/.bench
 # make bench-compare BASE=old.json NEW=new.json: fails, by name, where something got slower beyond noise.
 bench-compare: $(VENV)/.bench
 	$(BIN)/python -m bench.compare $(BASE) $(NEW)
+
+# What a step costs on 1, 2 and 4 processes of this machine with the same data for each.
+bench-scaling: $(VENV)/.bench
+	$(BIN)/python -m bench.scaling $(ARGS)
 
 # Where the time goes in a workload of the benchmark, or in SCRIPT="examples/digits.py --epochs 3": the host's by
 # sampling, a timeline of kernels, counters of each kernel. ARGS are options of `python -m learnax.profiling`.

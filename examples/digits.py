@@ -3,6 +3,8 @@
 python examples/digits.py             # a fresh run
 python examples/digits.py --resume    # goes on from its checkpoint
 python examples/digits.py --wandb     # also an offline wandb run, no account needed
+
+With --distributed, started several times, it is one run over all these processes and their devices: `make train-2`.
 """
 
 import argparse
@@ -174,6 +176,15 @@ def save(fig, path):
     plt.close(fig)
 
 
+def join(place):
+    """The one line that a run over several processes takes, before anything else of JAX is used."""
+    if place == "auto":
+        jax.distributed.initialize()  # Slurm, Open MPI or Kubernetes say which process this is
+    else:
+        index, count = place.split("/")
+        jax.distributed.initialize(process_id=int(index), num_processes=int(count))
+
+
 def main():
     """Trains, and prints where things are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,11 +193,22 @@ def main():
     parser.add_argument("--wandb", action="store_true", help="log to an offline wandb run, too")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read the data")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where everything goes")
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="I/N",
+        help="be one process of a run over several: as its launcher says, or I of N, which meet at the address that "
+        "JAX_COORDINATOR_ADDRESS has",
+    )
     args = parser.parse_args()
+    if args.distributed:
+        join(args.distributed)
+    first = jax.process_index() == 0
 
     registry = Registry(PROJECT, args.out)
     run = None
-    if args.wandb:
+    if args.wandb and first:  # one process logs for all
         os.environ.setdefault("WANDB_MODE", "offline")
         last = registry.path / "last_wandb_run"
         run = registry.restore_run(last.read_text()) if args.resume else registry.new_run({"epochs": args.epochs})
@@ -224,13 +246,17 @@ def main():
         sample_plot=plot_samples(plots),
         sample_metrics=noisy_accuracy,
     )
-    print(trainer.preflight())
-    print(f"from epoch {trainer.position.epoch} of {trainer.num_epochs}, step {int(trainer.train_state.step)}")
+    preflight = trainer.preflight()
+    if first:
+        print(preflight)
+        print(f"from epoch {trainer.position.epoch} of {trainer.num_epochs}, step {int(trainer.train_state.step)}")
     trainer.train()
+    if not first:
+        return
     if run is not None:
         run.finish()
     plot_curves(trainer.metrics, plots / "curves.png")
-    plot_hardest(trainer.train_state.params, held_out, plots / "held_out.png")
+    plot_hardest(jax.device_get(trainer.train_state.params), held_out, plots / "held_out.png")
     plot_ledger(trainer.ledger, plots / "ledger.png")
 
     accuracy = trainer.metrics["val/accuracy"]

@@ -243,7 +243,11 @@ class Engine:
             self.programs[name, signature] = future.result()
 
     def _lower(self, kind: Kind, args: tuple[Any, ...]) -> tuple[str, jax.stages.Lowered, dict[str, float]]:
-        function: Callable[..., Any] = kind.function
+        # Of a partial JAX takes the text for its messages, and that has all that the losses hold, data for one.
+        def function(*args: Any) -> Any:
+            return kind.function(*args)
+
+        function.__name__ = function.__qualname__ = kind.name
         if self.layout == SAME and (self.mapped or len(self.devices) > 1):
             # Replication of the results is not checked by shard_map, as it is not by pmap: the step's own
             # means over the devices make it so, and the tests compare one device with several.

@@ -604,13 +604,24 @@ class Trainer:
         layout = None if self.engine.layout == SAME else self.engine.shardings(self.engine.layout)
         return jax.jit(fresh, out_shardings=layout)(key_pair(self.seed)[1], self._first)
 
+    def _shapes(self) -> TrainState:
+        """The training state's shapes, and how it lies where it is divided."""
+        shapes: TrainState = jax.eval_shape(self.init_train_state)
+        if self.engine.layout == SAME:
+            return shapes
+        return jax.tree.map(
+            lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
+            shapes,
+            self.engine.shardings(self.engine.layout),
+        )
+
     def _load(self) -> bool:
         """Takes over the checkpoint that `load_checkpoint` asks for; False where there is none to take."""
         if self.checkpointer is None:
             return False
         loaded = None
         if self.load_checkpoint:
-            target = jax.eval_shape(self.init_train_state)
+            target = self._shapes()
             if self.load_weights:
                 target = target._replace(opt_state=None)
             loaded = self.checkpointer.load_checkpoint(self.load_checkpoint, target)

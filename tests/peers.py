@@ -24,6 +24,7 @@ import numpy as np
 from jax._src import xla_bridge
 
 import learnax.trainer
+from learnax.checkpoint import files, pieces
 from learnax.loss import LossPipe
 from learnax.registry import Registry
 from tests.helpers import MLP, ROOT, MemoryRun, Poisonable, host, make_data, make_trainer
@@ -352,7 +353,14 @@ def resumed(results):
     width = options.pop("width", 16)
     registry = Registry("tests", options.pop("registry"))
     data = {"train_dataset": make_data(43), "val_datasets": [make_data(TAIL, 1)], "model": MLP(width)}
-    trainer = make_trainer(**data, **{"devices": None, "registry": registry, "load_checkpoint": True} | options)
+    results["parts read"] = []
+
+    def spread(array):
+        results["parts read"].append((array.shape, pieces.part_of(array)))
+        return pieces.spread(array)
+
+    with mock.patch.object(files, "spread", spread):
+        trainer = make_trainer(**data, **{"devices": None, "registry": registry, "load_checkpoint": True} | options)
     results["begins"] = trainer.log.step
     for who, (step, what) in acts.items():  # a signal that nobody heeds: dispatches are cut alike on all
         trainer._saves.append(Act(trainer, step, what if int(who) == jax.process_index() else "SIGCHLD"))

@@ -134,7 +134,21 @@ def test_a_piece_that_was_changed_is_noticed(tmp_path):
     assert meta["pieces"]["params/Dense_1/kernel"][0] == 1  # along its second axis
     array = np.array(tree["params"]["Dense_1"]["kernel"])
     sums = meta["pieces"]["params/Dense_1/kernel"][1]
-    assert files._piece_sums(array, 1, sums) == sums
+    assert files._piece_sums(array, 1, sums) == (sums, sums)
     array[3, -1] += 1
-    changed = files._piece_sums(array, 1, sums)
-    assert [start for start in sums if sums[start] != changed[start]] == [str(WIDTH // 2)]
+    written, changed = files._piece_sums(array, 1, sums)
+    assert [start for start in sums if written[start] != changed[start]] == [str(WIDTH // 2)]
+    # A process that has the first half alone looks at nothing else.
+    written, found = files._piece_sums(array, 1, sums, slice(0, WIDTH // 2))
+    assert written == found == {"0": sums["0"]}
+
+
+def test_each_process_reads_its_own_part_of_a_divided_state(tmp_path):
+    options = {"shard_state": True, "width": WIDTH}
+    run(tmp_path, "saved", 2, 2, num_epochs=1, **options)
+    ended = run(tmp_path, "read", 2, 1, num_epochs=2, **options)
+    half = WIDTH // 2
+    for index, peer in enumerate(ended):
+        part = (slice(None), slice(index * half, (index + 1) * half))
+        assert peer.results["parts read"] == [((8, WIDTH), part)] * 3  # a kernel and its two moments
+    assert_same_run(ended[0].results, whole_run(2, WIDTH))

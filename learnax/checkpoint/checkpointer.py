@@ -22,7 +22,7 @@ from learnax.checkpoint import files, legacy
 from learnax.checkpoint.files import DamagedError
 from learnax.checkpoint.folder import Entry, Folder, best
 from learnax.checkpoint.history import History
-from learnax.checkpoint.pieces import Piece, own
+from learnax.checkpoint.pieces import Piece, divided_axes, own
 from learnax.checkpoint.snapshot import Camera, Snapshot
 from learnax.checkpoint.trees import as_state
 from learnax.checkpoint.writer import Writer
@@ -181,7 +181,8 @@ class Checkpointer:
             checkpoint: "best"; a step, as a number or its name; True, -1 or any other string for the latest.
             target: a state (or its shapes) that says what the containers of the state are. Without it
                 parameters come as nested dicts, and the optimiser's state as that of the default optimiser
-                where it fits. A target whose `opt_state` is None reads the parameters alone.
+                where it fits. A target whose `opt_state` is None reads the parameters alone. Of leaves whose
+                sharding divides them over processes, this process's part is read.
 
         Returns:
             A dict with `state` (numpy leaves), `step`, `time` (seconds since 1970), `number` (the save's own; -1 of a
@@ -432,7 +433,8 @@ class Checkpointer:
 
     def _read(self, number: int, target: TrainState | None) -> dict[str, Any]:
         folder = self.path / str(number)
-        tree, meta = files.read(folder)
+        wanted = {} if target is None else {"params": target.params, "opt_state": target.opt_state}
+        tree, meta = files.read(folder, divided_axes(leaves_by_path(wanted)))
         tree = {"params": {}, "opt_state": {}, **tree}  # a tree without leaves leaves no trace
         loaded = {
             "state": as_state(tree, target, folder),

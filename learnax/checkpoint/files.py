@@ -10,12 +10,13 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
-from learnax.checkpoint.pieces import Piece, whole
+from learnax.checkpoint.pieces import Piece, part_of, sharding, spread, whole
 from learnax.checkpoint.trees import as_dicts
 from learnax.utils import leaves_by_path
 
@@ -102,8 +103,13 @@ def _sealed(
     return {"content": content, "checksum": seal(content)}
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(folder: Path, axes: Mapping[str, int] = MappingProxyType({})) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a save: nested dicts of numpy arrays, and the meta values.
+
+    Args:
+        folder: the save.
+        axes: of arrays, by their paths, that are divided over the processes along an axis: of such a one this process's
+            part alone is read and looked at, and the rest is memory that nobody has touched.
 
     Raises:
         DamagedError: a file is missing or cut short, or a byte is another one.
@@ -114,19 +120,25 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         shapes = _orbax(together=False).metadata(folder).item_metadata[_STATE].tree
         # As numpy, so that a checkpoint does not ask for the devices that it was written on.
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves_by_path(shapes)}
+        in_part = {path: ocp.ArrayRestoreArgs(sharding=sharding(axis)) for path, axis in axes.items()}
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=as_dicts({**as_numpy, **in_part})))
         arrays = leaves_by_path(_orbax(together=False).restore(folder, args=args)[_STATE])
+        parts = {path: part_of(arrays[path]) for path in axes}
+        arrays |= {path: spread(arrays[path]) for path in axes}
     except (PermissionError, MemoryError):
         raise
     except Exception as error:
         raise _damaged(folder, reason(error)) from error
     divided = meta.get("pieces", {})
-    written = {**meta["checksums"], **{path: sums for path, (_, sums) in divided.items()}}
-    found = {
-        path: _piece_sums(array, *divided[path]) if path in divided else _checksum(array)
-        for path, array in arrays.items()
+    written: dict[str, Any] = {path: checksum for path, checksum in meta["checksums"].items() if path not in parts}
+    found: dict[str, Any] = {
+        path: _checksum(array) for path, array in arrays.items() if path not in divided and path not in parts
     }
+    for path, (axis, sums) in divided.items():
+        # Of a part, the pieces that lie in it whole.
+        place = parts[path][axis] if path in parts and path in arrays else slice(None)
+        written[path], found[path] = _piece_sums(arrays.get(path), axis, sums, place)
     if found != written:
         wrong = [path for path in {**found, **written} if found.get(path) != written.get(path)]
         raise _damaged(folder, f"other content than was written in {', '.join(sorted(wrong)[:5])}")
@@ -185,13 +197,27 @@ def seal(content: Any) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _piece_sums(array: np.ndarray, axis: int, written: Mapping[str, int]) -> dict[str, int]:
-    """Checksums of the pieces that an array was written in, by their beginnings along an axis."""
+def _piece_sums(
+    array: np.ndarray | None, axis: int, written: Mapping[str, int], place: slice = slice(None)
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Checksums of the pieces that an array was written in, as written and as found, by their beginnings on an axis.
+
+    Args:
+        array: None where it is missing.
+        axis: along which it was divided.
+        written: of all pieces.
+        place: the part along the axis that is looked at.
+    """
+    if array is None:
+        return dict(written), {}
+    size = array.shape[axis]
     starts = sorted(map(int, written))
-    ends = [*starts[1:], array.shape[axis]]
+    spans = zip(starts, [*starts[1:], size], strict=True)
+    first, last, _ = place.indices(size)
+    seen = [(start, end) for start, end in spans if first <= start and end <= last]
     along = np.moveaxis(array, axis, 0)
-    spans = zip(starts, ends, strict=True)
-    return {str(start): _checksum(np.moveaxis(along[start:end], 0, axis)) for start, end in spans}
+    found = {str(start): _checksum(np.moveaxis(along[start:end], 0, axis)) for start, end in seen}
+    return {start: written[start] for start in found}, found
 
 
 @functools.cache

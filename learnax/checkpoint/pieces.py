@@ -61,11 +61,38 @@ def whole(arrays: Mapping[str, np.ndarray], pieces: Mapping[str, Piece]) -> dict
         if piece is None:
             spec, shape, local = PartitionSpec(), arrays[path].shape, arrays[path]
         else:
-            spec, shape = PartitionSpec(*[None] * piece.axis, AXIS), piece.shape
+            spec, shape = sharding(piece.axis).spec, piece.shape
             local = arrays[names[0]] if len(names) == 1 else np.concatenate([arrays[n] for n in names], piece.axis)
         held = [jax.device_put(local, here)]
         result[path] = jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), held)
     return result
+
+
+def divided_axes(leaves: Mapping[str, Any]) -> dict[str, int]:
+    """Of arrays, or shapes with their shardings: those that are divided over processes, and along which axis."""
+    axes = {}
+    for path, leaf in leaves.items():
+        lies = getattr(leaf, "sharding", None)
+        if isinstance(lies, NamedSharding) and not lies.is_fully_replicated and not lies.is_fully_addressable:
+            (axes[path],) = [axis for axis, name in enumerate(lies.spec) if name is not None]
+    return axes
+
+
+def sharding(axis: int) -> NamedSharding:
+    """How an array lies on the hosts' CPUs that is divided over the processes along an axis."""
+    return NamedSharding(_mesh(), PartitionSpec(*[None] * axis, AXIS))
+
+
+def part_of(array: jax.Array) -> tuple[slice, ...]:
+    """Where this process's part of such an array lies."""
+    return array.addressable_shards[0].index
+
+
+def spread(array: jax.Array) -> np.ndarray:
+    """An array in which this process's part is filled in; pages that nobody touches cost no memory."""
+    filled = np.empty(array.shape, array.dtype)
+    filled[part_of(array)] = np.asarray(array.addressable_shards[0].data)
+    return filled
 
 
 @functools.cache

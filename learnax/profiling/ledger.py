@@ -153,9 +153,12 @@ class Ledger:
         read = f"try num_workers={more}" if more <= max(cores, 2) else "make reading a datum cheaper"
         slowest = max(START, key=lambda part: self.seconds[part])
         fused = "try steps_per_execution=16" if self.setting.room == 1 else "the host's own work is the limit"
+        later = (
+            "a second start finds its programs compiled" if slowest == "compile" else "a longer run has it once, too"
+        )
         on_data = self.seconds["validate, data"] > self.seconds["validate"]
         return {
-            "start": f"is the start, most of it {slowest}: a second start finds its programs compiled",
+            "start": f"is the start, most of it {slowest}: {later}",
             "data": f"waits for data: {read}",
             "host": f"is the host's, between dispatches: {fused}",
             "log": "is logging: the run takes longer to log a step than to make it",
