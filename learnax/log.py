@@ -224,7 +224,8 @@ class Log:
     def conclude(self, text: str, values: Mapping[str, float]) -> None:
         """Writes a last word where the progress bar was, and values to the run's summary, where it has one."""
         if self._shown:
-            tqdm.write(text, file=sys.stderr)
+            # In a notebook, what is on stderr looks like an error.
+            tqdm.write(text, file=sys.stdout if in_notebook() else sys.stderr)
         self._sender.summarise(values)
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:

@@ -46,8 +46,8 @@ def test_a_second_start_finds_its_programs_and_computes_the_same(tmp_path):
     assert folder.name.startswith("programs-")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     programs = sorted(path.name.split("-")[0] for path in folder.iterdir() if path.name.endswith("-cache"))
-    assert "jit_train_many" in programs
-    assert "jit_evaluate_many" in programs
+    assert "jit_train" in programs
+    assert "jit_evaluate" in programs
     assert (first["hits"], first["misses"]) == (0, len(programs))
 
     second = start(tmp_path, XDG_CACHE_HOME=str(home))
@@ -194,7 +194,7 @@ for name, width in (("one", 16), ("two", 24)):
 def test_a_trainer_that_asks_for_another_folder_gets_it(tmp_path):
     shown = run_script(TWO, tmp_path, env=CLEAN).stdout.splitlines()
     assert [line.split(" ", 1)[0] for line in shown] == ["one", "two"]
-    assert all("'jit_train_many'" in line for line in shown)
+    assert all("'jit_train'" in line for line in shown)
 
 
 OFF_AGAIN = """
