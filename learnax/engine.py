@@ -177,6 +177,14 @@ class Engine:
             for path, leaf in leaves_by_path(tree).items()
         }
 
+    @staticmethod
+    def host_copy(array: jax.Array) -> np.ndarray:
+        """A copy on the host, by objects that are gone with it: others may keep a step from updating it in place."""
+        copy = np.empty(array.shape, array.dtype)
+        for shard in array.addressable_shards[:1] if array.is_fully_replicated else array.addressable_shards:
+            copy[shard.index] = shard.data
+        return copy
+
     def own(self, tree: PyTree, layout: Any = SAME) -> PyTree:
         """Copies a tree to the devices, into buffers that a program may take for its own.
 

@@ -139,10 +139,11 @@ class Flight:
                 f"the run takes {amount(memory, 'B')} on each device, which has {amount(capacity, 'B')}: a smaller "
                 "batch_size, with accumulate_steps to make up for it, or more devices make it fit"
             )
+        # First, on a state that nobody has looked at: a look from the host may keep a step from updating it in place.
+        state, step_s, copied = self._train(state, seq, block)
+        validation_s = sum(self._validation(name, state, seq) for name in self._loaders if name != "train")
         # Over several processes a save needs storage that all share, which a temporary folder is not.
         save_s, restore_s = (None, None) if self._engine.spans else _save_and_restore(state, resume)
-        validation_s = sum(self._validation(name, state, seq) for name in self._loaders if name != "train")
-        step_s, copied = self._train(state, seq, block)
         reading = 0.0 if self._kept(block) else read_s
         a_step = max(step_s, reading) if self._engine.in_flight else step_s + reading
         return Preflight(
@@ -184,8 +185,8 @@ class Flight:
     def _kept(self, block: Block) -> int:
         return self._loaders["train"].kept(block) // len(self._engine.devices)
 
-    def _train(self, state: TrainState, seq: jax.Array, block: Block) -> tuple[float, tuple[str, ...]]:
-        """Seconds of a step, and the arrays that the first did not update in place."""
+    def _train(self, state: TrainState, seq: jax.Array, block: Block) -> tuple[TrainState, float, tuple[str, ...]]:
+        """The state after some steps, seconds of one, and the arrays that the first did not update in place."""
         before = self._engine.places(state)
         state, seq, _, _ = jax.block_until_ready(self._programs.train(state, seq, block, 0, 1))
         after = self._engine.places(state)
@@ -195,7 +196,7 @@ class Flight:
             began = time.perf_counter()
             state, seq, _, _ = jax.block_until_ready(self._programs.train(state, seq, block, 0, count))
             seconds.append((time.perf_counter() - began) / count)
-        return statistics.median(seconds), tuple(name for name in before if before[name] != after[name])
+        return state, statistics.median(seconds), tuple(name for name in before if before[name] != after[name])
 
     def _validation(self, name: str, state: TrainState, seq: jax.Array) -> float:
         """Seconds of a pass over a validation set, by its first block."""

@@ -558,7 +558,7 @@ class Trainer:
         # where it is divided over several.
         kept = self.train_state
         spread = self.engine.spans and self.engine.layout != SAME
-        kept = self.engine.own(kept, self.engine.layout) if spread else jax.tree.map(np.array, kept)
+        kept = self.engine.own(kept, self.engine.layout) if spread else jax.tree.map(self.engine.host_copy, kept)
         try:
             return flight.fly(self.train_state, self.rng_seq, self._resume_point())
         finally:
