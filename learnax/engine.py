@@ -182,7 +182,7 @@ class Engine:
         """A copy on the host, by objects that are gone with it: others may keep a step from updating it in place."""
         copy = np.empty(array.shape, array.dtype)
         for shard in array.addressable_shards[:1] if array.is_fully_replicated else array.addressable_shards:
-            copy[shard.index] = shard.data
+            copy[shard.index] = np.array(shard.data)
         return copy
 
     def own(self, tree: PyTree, layout: Any = SAME) -> PyTree:
