@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from learnax.data import FirstDatum
 from learnax.loss import Losses
-from learnax.profiling.windows import Window, parse
+from learnax.profiling.windows import VARIABLE, Window, parse
 from learnax.state import PyTree, init_params
 from learnax.step import AXIS, apply_model, datum_loss, with_axis
 from learnax.utils import describe, leaves_by_path
@@ -22,8 +22,6 @@ from learnax.utils import describe, leaves_by_path
 _logger = logging.getLogger("learnax")
 
 
-PROFILE = "LEARNAX_PROFILE"
-"""The variable that names windows to profile where a script does not."""
 _COUNTS = ("num_epochs", "batch_size", "accumulate_steps")
 _CADENCES = ("save_every", "checkpoint_every", "plot_every", "val_every", "sample_every")
 _LIMITS = ("max_checkpoints", "sample_batch_size")
@@ -89,7 +87,7 @@ def check_profile(given: Any) -> list[Window]:
     """
     if given is not None and not isinstance(given, str):
         raise TypeError(f"profile must be text, 'cuda:100-110' for instance, or None, but is {given!r}")
-    return parse(os.environ.get(PROFILE), PROFILE) if given is None else parse(given, "profile")
+    return parse(os.environ.get(VARIABLE), VARIABLE) if given is None else parse(given, "profile")
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

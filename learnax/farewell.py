@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -121,7 +122,5 @@ def is_of_peers(error: BaseException) -> bool:
 
 def name_of(index: int) -> str:
     """A process for a person; this one with its machine and number there."""
-    import socket
-
     where = f" ({socket.gethostname()}, pid {os.getpid()})" if index == jax.process_index() else ""
     return f"process {index} of {jax.process_count()}{where}"

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from learnax.processes import Processes
+from learnax.profiling.ledger import Ledger
 from learnax.profiling.phases import Phases
 from learnax.sender import sender
 from learnax.step import Scalars
@@ -221,12 +222,12 @@ class Log:
         self.step = step
         self.metrics.update({name: np.asarray(values).tolist() for name, values in history.items()})
 
-    def conclude(self, text: str, values: Mapping[str, float]) -> None:
-        """Writes a last word where the progress bar was, and values to the run's summary, where it has one."""
+    def conclude(self, ledger: Ledger) -> None:
+        """Writes the ledger where the progress bar was, and its values to the run's summary, where it has one."""
         if self._shown:
             # In a notebook, what is on stderr looks like an error.
-            tqdm.write(text, file=sys.stdout if in_notebook() else sys.stderr)
-        self._sender.summarise(values)
+            tqdm.write(str(ledger), file=sys.stdout if in_notebook() else sys.stderr)
+        self._sender.summarise(ledger.summary())
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Names the epoch on the progress bar; the time of its first step counts from here."""

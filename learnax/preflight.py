@@ -19,7 +19,7 @@ from learnax.plan import Plan
 from learnax.profiling.costs import Costs, amount, memory_of
 from learnax.programs import Programs
 from learnax.state import PyTree, TrainState
-from learnax.utils import leaves_by_path
+from learnax.utils import leaves_by_path, tree_bytes
 
 _TIMED = 5
 """Dispatches that are timed, after one that is not."""
@@ -128,7 +128,7 @@ class Flight:
             OSError: a checkpoint does not come back as it was saved.
         """
         params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        state_bytes = tree_bytes(state)
         programs = sorted(self._engine.programs.values(), key=lambda program: program.kind != "train")
         costs = {program.kind: program.costs for program in programs}
         block, read_s = self._read("train")

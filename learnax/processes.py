@@ -1,7 +1,7 @@
-"""The processes of a run: which this is, what they agree on, and how they part.
+"""The processes of a run: which this is, and what they agree on.
 
 JAX's own runtime (`jax.distributed`) connects them and carries what they tell each other: a store of keys that all
-see. A process that cannot go on leaves at once, so that the others notice, and says why where they look.
+see.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
 
 from learnax.farewell import PeerError, farewell, is_of_peers, name_of, reports, store
+from learnax.profiling.watchdog import looking_on
 
 F = TypeVar("F", bound=Callable[..., Any] | None)
 
@@ -204,27 +205,19 @@ class ManyProcesses:
         _logger.error("%s", failure)
         return failure
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> contextlib.AbstractContextManager[None]:
         """Ends this process some seconds after another one has told that it failed.
 
         The thread that trains may wait in a collective that nothing ends: one device of several has lost its peer,
         and the others wait for that one. Of a process that is gone without a word JAX's service learns by its missing
         heartbeats, and ends the others itself: `heartbeat_timeout_seconds` of `jax.distributed.initialize`.
         """
-        over = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(over,), name="learnax-peers", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+        return looking_on(self._watch, "learnax-peers")
 
     def _watch(self, over: threading.Event) -> None:
         while not over.wait(1.0) and farewell.status is None:
             try:
-                failed = [f"{name_of(index)} failed: {text}" for index, text in reports("failed")]
+                failed = self._failures()
             except jax.errors.JaxRuntimeError:
                 return  # the first process is gone; JAX's service ends this one
             if failed:
@@ -232,6 +225,10 @@ class ManyProcesses:
                 if not over.wait(GRACE_S):
                     farewell.leave_with(1)
                     farewell.leave_at_once()
+
+    def _failures(self) -> list[str]:
+        """What others have told of their ends."""
+        return [f"{name_of(index)} failed: {text}" for index, text in reports("failed") if index != self.index]
 
     def _failure(self, why: str, more: str) -> PeerError:
         return PeerError(
@@ -244,9 +241,9 @@ class ManyProcesses:
         while True:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 return store().blocking_key_value_get(key, 500)
-            for index, text in reports("failed"):
-                if index != self.index:
-                    raise PeerError(f"{name_of(index)} failed: {text}")
+            failures = self._failures()
+            if failures:
+                raise PeerError(failures[0])
             if farewell.status is not None:
                 deadline = min(deadline, farewell.since + GRACE_S)
             if time.monotonic() > deadline:
@@ -264,7 +261,7 @@ class ManyProcesses:
             while gone and time.monotonic() < deadline:
                 gone -= {index for index, _ in reports("left")}
                 time.sleep(0.05)
-            failed = [f"{name_of(index)} failed: {text}" for index, text in reports("failed")]
+            failed = self._failures()
         except jax.errors.JaxRuntimeError:
             return f"{name_of(0)}, which all are connected through, is gone"
         silent = [name_of(index) for index in sorted(gone)]

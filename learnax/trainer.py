@@ -43,7 +43,7 @@ from learnax.state import LearningRate, Position, PyTree, adam, fresh_state, key
 from learnax.state import TrainState as TrainState
 from learnax.step import AXIS, Recipe, with_axis
 from learnax.stops import Stops, TimeUpError
-from learnax.utils import same_structure
+from learnax.utils import same_structure, tree_bytes
 
 _logger = logging.getLogger("learnax")
 _SINGLE_BATCH_STEPS = 1000
@@ -165,10 +165,10 @@ class Trainer:
         shard_state: bool = False,
         profile: str | None = None,
     ):
+        given = dict(locals())
         profiled = checks.check_profile(profile)
         marks = marks_for(profiled)
         self.phases = Phases(clock.take_import_seconds(), marks)
-        given = dict(locals())
         checks.check_arguments(given)
         self.model = self.transform = model
         self.optimizer = adam(learning_rate) if optimizer is None else optimizer
@@ -208,21 +208,20 @@ class Trainer:
         self._data = {name: first_datum(name, dataset) for name, dataset in splits.items()}
         traced = checks.check_model(model, losses, seed, self._data)
         self.engine.mapped = traced.mapped
-        shapes = jax.eval_shape(self.init_train_state)
         gather: dict[str, Any] = {}
         if shard_state:
             checks.check_sharded(self.engine.mapped)
-            self.engine.layout = divided(shapes, self.device_count, AXIS)
+            self.engine.layout = divided(self._shapes(), self.device_count, AXIS)
             specs = jax.tree.leaves(self.engine.params_layout, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
             gather["gather"] = Gather(self.engine.mesh, tuple(specs))
-        self.processes.compare("arguments", functools.partial(checks.comparable, given, splits, self._data, shapes))
+        self.processes.compare("arguments", lambda: checks.comparable(given, splits, self._data, self._shapes()))
         if keep_best_checkpoint:
             checks.check_best(best_metric_name, traced.metrics, list(splits))
 
         self._epoch_steps = (
             _SINGLE_BATCH_STEPS if self._single else len(train_dataset) // batch_size // accumulate_steps
         )
-        step_bytes = accumulate_steps * batch_size * sum(leaf.nbytes for leaf in jax.tree.leaves(self._first))
+        step_bytes = accumulate_steps * batch_size * tree_bytes(self._first)
         platform = devices[0].platform
         self.plan = plan(steps_per_execution, platform, traced.primitives, step_bytes, self._epoch_steps)
         self.loaders = {name: self._loader(name, dataset) for name, dataset in splits.items()}
@@ -319,7 +318,7 @@ class Trainer:
             for epoch in range(self.position.epoch, self.num_epochs):
                 self.epoch(epoch)
             self._save_last()
-        self.log.conclude(str(self.ledger), self.ledger.summary())
+        self.log.conclude(self.ledger)
         return self.run
 
     def epoch(self, epoch: int) -> None:
@@ -525,7 +524,6 @@ class Trainer:
         used = sorted(self.engine.programs.values(), key=lambda program: -program.calls)
         setting = Setting(
             platform=self.engine.devices[0].platform,
-            devices=self.device_count,
             room=self.plan.room,
             batches=self.accumulate_steps if self.plan.looped else 1,
             num_workers=self.num_workers,

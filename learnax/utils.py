@@ -103,6 +103,11 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
+def tree_bytes(tree: PyTree) -> int:
+    """What a pytree's arrays take."""
+    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(tree))
+
+
 def same_structure(tree: PyTree, other: PyTree) -> bool:
     """Whether two pytrees have the same containers and leaves in the same places."""
     structure: Any = jax.tree.structure(tree)

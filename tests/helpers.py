@@ -28,6 +28,22 @@ class MLP(nn.Module):
         return nn.Dense(3)(nn.relu(nn.Dense(self.width)(x)))
 
 
+class Noisy(nn.Module):
+    """Two layers, noise from the `params` stream, and dropout through a stream of its own."""
+
+    @nn.compact
+    def __call__(self, x, y=None):
+        x = x + 0.1 * jax.random.normal(self.make_rng("params"), x.shape)
+        return nn.Dense(3)(nn.Dropout(0.25, deterministic=False)(nn.relu(nn.Dense(16)(x))))
+
+
+class Convolution(nn.Module):
+    @nn.compact
+    def __call__(self, x, y=None):
+        x = nn.relu(nn.Conv(4, (3, 3))(x.reshape(4, 2, 1)))
+        return nn.Dense(3)(x.reshape(-1))
+
+
 class Squared(LossFunction):
     def _call(self, output, batch):
         error = jnp.mean((output - batch[1]) ** 2)
@@ -40,6 +56,21 @@ class Poisonable(LossFunction):
     def _call(self, output, batch):
         alive = jnp.where(batch[1][0] == 7, 0.0, 1.0)
         return output, jnp.sqrt(alive * jnp.sum((output - batch[1]) ** 2)), {}
+
+
+class Streamed:
+    """A dataset that is no list: it is read again in each epoch. It keeps the indices that were read."""
+
+    def __init__(self, data):
+        self.data = data
+        self.reads = []
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return self.data[index]
 
 
 class StopAt:
@@ -116,6 +147,11 @@ def run_script(source, tmp_path, *, env=None, check=True, name="script.py", time
     if check and result.returncode:
         raise AssertionError(f"the script ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result
+
+
+def dry(*args):
+    """What `make` would run."""
+    return subprocess.run(["make", "--dry-run", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def host(tree):

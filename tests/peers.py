@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax._src import xla_bridge
@@ -27,7 +26,18 @@ import learnax.trainer
 from learnax.checkpoint import files, pieces
 from learnax.loss import LossPipe
 from learnax.registry import Registry
-from tests.helpers import MLP, ROOT, MemoryRun, Poisonable, host, make_data, make_trainer
+from tests.helpers import (
+    MLP,
+    ROOT,
+    Convolution,
+    MemoryRun,
+    Noisy,
+    Poisonable,
+    Streamed,
+    host,
+    make_data,
+    make_trainer,
+)
 
 BACKENDS_BY_IMPORT = xla_bridge.backends_are_initialized()
 """Whether what is imported here, learnax above all, has asked JAX for its devices."""
@@ -124,37 +134,6 @@ def main(scenario, index, count, port, folder):
 # ---- what is trained
 
 
-class Noisy(nn.Module):
-    """Two layers, noise from the `params` stream, and dropout through a stream of its own."""
-
-    @nn.compact
-    def __call__(self, x, y=None):
-        x = x + 0.1 * jax.random.normal(self.make_rng("params"), x.shape)
-        return nn.Dense(3)(nn.Dropout(0.25, deterministic=False)(nn.relu(nn.Dense(16)(x))))
-
-
-class Convolution(nn.Module):
-    @nn.compact
-    def __call__(self, x, y=None):
-        x = nn.relu(nn.Conv(4, (3, 3))(x.reshape(4, 2, 1)))
-        return nn.Dense(3)(x.reshape(-1))
-
-
-class Read:
-    """A dataset that is no list, and keeps which data were read."""
-
-    def __init__(self, data):
-        self.data = data
-        self.indices = []
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        self.indices.append(index)
-        return self.data[index]
-
-
 class Shown:
     """A user's functions, and what they were called with."""
 
@@ -205,7 +184,7 @@ STEPS = 6
 
 RUNS = {
     "fused": lambda: {"model": Noisy(), "val_datasets": [make_data(TAIL, 1), make_data(1, 2)]},
-    "read again": lambda: {"train_dataset": Read(make_data(43)), "val_datasets": [Read(make_data(TAIL, 1))]},
+    "read again": lambda: {"train_dataset": Streamed(make_data(43)), "val_datasets": [Streamed(make_data(TAIL, 1))]},
     "worker": lambda: {"steps_per_execution": 1, "num_workers": 1},
     "accumulated": lambda: {"accumulate_steps": 2},
     "single batch": lambda: {"single_batch": True},
@@ -235,7 +214,7 @@ def trained(name):
     if name in ("fused", "accumulated"):
         results["resident"] = {split: resident(loader) for split, loader in trainer.loaders.items()}
     if name == "read again":
-        results["reads"] = {split: loader.dataset.indices for split, loader in trainer.loaders.items()}
+        results["reads"] = {split: loader.dataset.reads for split, loader in trainer.loaders.items()}
     if name == "shown":
         shown = options["plot_model"].__self__
         assert returned is shown.run
@@ -318,7 +297,7 @@ def fails_before(results):
 
 
 def fails_while(results):
-    class Broken(Read):
+    class Broken(Streamed):
         def __getitem__(self, index):
             raise LookupError("no data on this machine")
 

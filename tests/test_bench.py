@@ -16,7 +16,7 @@ from bench.opponents import OPPONENTS, Hand, Learnax, why_not
 from bench.results import Compared, Results
 from bench.stats import Ratio, bootstrap_ratio
 from bench.workloads import SIZES, makers, mlp
-from tests.helpers import ROOT, run_script
+from tests.helpers import ROOT, dry, run_script
 
 STEP = "step"
 UNCLIPPED = 1e9
@@ -305,9 +305,6 @@ def test_it_runs_and_leaves_a_table_a_file_and_a_chart(tmp_path):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_knows_its_targets():
-    def dry(*args):
-        return subprocess.run(["make", "--dry-run", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-
     assert "-m bench --quick" in dry("bench", "ARGS=--quick")
     assert "--xla_force_host_platform_device_count=4" in dry("bench", "DEVICES=4")
     assert "device_count" not in dry("bench")

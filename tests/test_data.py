@@ -10,25 +10,10 @@ import pytest
 from learnax.data import Loader
 from learnax.data.reading import DatasetError
 from learnax.loss import LossFunction
-from tests.helpers import assert_trees_equal, batches, host, make_data, make_trainer
+from tests.helpers import Streamed, assert_trees_equal, batches, host, make_data, make_trainer
 
 
-class Recorded:
-    """Any object with `__len__` and `__getitem__`; it keeps the indices that were read."""
-
-    def __init__(self, data):
-        self.data = data
-        self.reads = []
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        self.reads.append(index)
-        return self.data[index]
-
-
-class Failing(Recorded):
+class Failing(Streamed):
     """Raises at one index."""
 
     def __init__(self, data, at, error):
@@ -62,7 +47,7 @@ def test_batches_are_in_the_order_of_the_dataset():
 
 
 def test_a_training_tail_is_skipped_and_not_read():
-    dataset = Recorded(numbers(11))
+    dataset = Streamed(numbers(11))
     loader = make_loader(dataset)
     assert len(loader) == 2
     assert [batch.count for batch in batches(loader)] == [4, 4]
@@ -70,7 +55,7 @@ def test_a_training_tail_is_skipped_and_not_read():
 
 
 def test_a_validation_tail_is_filled_up_with_its_last_datum():
-    dataset = Recorded(numbers(10))
+    dataset = Streamed(numbers(10))
     loader = make_loader(dataset, tail=True)
     assert len(loader) == 3
     found = list(batches(loader))
@@ -87,7 +72,7 @@ def test_a_validation_set_may_be_smaller_than_a_batch():
 
 
 def test_a_pass_may_start_at_any_batch():
-    dataset = Recorded(numbers(12))
+    dataset = Streamed(numbers(12))
     loader = make_loader(dataset)
     assert [batch.host[0].tolist() for batch in batches(loader, 2)] == [[8, 9, 10, 11]]
     assert list(batches(loader, 3)) == []
@@ -119,7 +104,7 @@ def test_random_keys_are_data():
 
 
 def test_the_first_batch_and_the_first_datum_are_read_alone():
-    dataset = Recorded(numbers(12))
+    dataset = Streamed(numbers(12))
     loader = make_loader(dataset)
     assert loader.first(repeat_datum=False)[0].tolist() == [0, 1, 2, 3]
     assert loader.first(repeat_datum=True)[0].tolist() == [0, 0, 0, 0]
@@ -127,7 +112,7 @@ def test_the_first_batch_and_the_first_datum_are_read_alone():
 
 
 def test_a_run_reads_full_training_batches_and_all_of_the_validation_data():
-    dataset, held_out = Recorded(make_data(19)), Recorded(make_data(10))
+    dataset, held_out = Streamed(make_data(19)), Streamed(make_data(10))
     trainer = make_trainer(train_dataset=dataset, val_datasets=[held_out])
     assert dataset.reads == held_out.reads == [0]  # what the model is checked and initialised on
     trainer.train()
@@ -136,7 +121,7 @@ def test_a_run_reads_full_training_batches_and_all_of_the_validation_data():
 
 
 def test_a_dataset_of_its_own_class_trains_like_a_list():
-    trainers = [make_trainer(train_dataset=dataset) for dataset in (make_data(24), Recorded(make_data(24)))]
+    trainers = [make_trainer(train_dataset=dataset) for dataset in (make_data(24), Streamed(make_data(24)))]
     for trainer in trainers:
         trainer.train()
     assert trainers[0].metrics["train/loss"] == trainers[1].metrics["train/loss"]
@@ -150,7 +135,7 @@ def test_a_dataset_of_its_own_class_trains_like_a_list():
     ],
 )
 def test_a_single_batch_or_datum_is_a_training_on_constant_data(argument, constant, reads):
-    dataset, held_out = Recorded(make_data(43)), Recorded(make_data(8))
+    dataset, held_out = Streamed(make_data(43)), Streamed(make_data(8))
     single = make_trainer(train_dataset=dataset, val_datasets=[held_out], num_epochs=1, **{argument: True})
     single.train()
     assert dataset.reads == reads
@@ -163,7 +148,7 @@ def test_a_single_batch_or_datum_is_a_training_on_constant_data(argument, consta
 
 
 def test_a_single_batch_stays_the_same_over_epochs():
-    dataset = Recorded(make_data(8))
+    dataset = Streamed(make_data(8))
     trainer = make_trainer(train_dataset=dataset, num_epochs=2, single_batch=True, num_workers=2)
     trainer.train()
     assert dataset.reads == [0, *range(8)]
@@ -182,7 +167,7 @@ class Long(LossFunction):
 def test_the_next_batch_is_read_while_the_step_runs():
     running = []
 
-    class Watching(Recorded):
+    class Watching(Streamed):
         def __getitem__(self, index):
             if trainer is not None and index % 8 == 0:
                 running.append(not jax.tree.leaves(trainer.train_state.params)[0].is_ready())
@@ -199,7 +184,7 @@ def test_a_batch_is_read_after_the_step_before_it_was_dispatched_and_metrics_com
     monkeypatch.setattr("learnax.log._BULK", 1)
     history = []
 
-    class Watching(Recorded):
+    class Watching(Streamed):
         def __getitem__(self, index):
             if index % 8 == 0 and trainer is not None:
                 calls = sum(program.calls for program in trainer.engine.programs.values())

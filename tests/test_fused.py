@@ -11,9 +11,12 @@ import pytest
 
 from learnax.loss import LossPipe
 from tests.helpers import (
+    Convolution,
     MemoryRun,
+    Noisy,
     Poisonable,
     StopAt,
+    Streamed,
     assert_trees_close,
     assert_trees_equal,
     host,
@@ -25,22 +28,6 @@ EPOCH = 19
 """Steps of an epoch here: a whole block of 16 and a tail, four of 4 and a tail."""
 
 
-class Noisy(nn.Module):
-    """Two layers, noise from the `params` stream, and dropout through a stream of its own."""
-
-    @nn.compact
-    def __call__(self, x, y=None):
-        x = x + 0.1 * jax.random.normal(self.make_rng("params"), x.shape)
-        return nn.Dense(3)(nn.Dropout(0.25, deterministic=False)(nn.relu(nn.Dense(16)(x))))
-
-
-class Convolution(nn.Module):
-    @nn.compact
-    def __call__(self, x, y=None):
-        x = nn.relu(nn.Conv(4, (3, 3))(x.reshape(4, 2, 1)))
-        return nn.Dense(3)(x.reshape(-1))
-
-
 class Attention(nn.Module):
     """One transformer block on four tokens."""
 
@@ -50,19 +37,6 @@ class Attention(nn.Module):
         x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
         x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
         return nn.Dense(3)(x.mean(0))
-
-
-class Streamed:
-    """A dataset that is no list: it is read again in each epoch."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        return self.data[index]
 
 
 DATA = make_data(8 * EPOCH + 3, seed=5)

@@ -172,7 +172,7 @@ def test_flops_are_those_of_the_matrix_products(accumulate):
 
 
 def make_ledger(seconds, **setting):
-    given = {"platform": "gpu", "devices": 1, "room": 16, "batches": 1, "num_workers": 0, "overlaps": True}
+    given = {"platform": "gpu", "room": 16, "batches": 1, "num_workers": 0, "overlaps": True}
     return Ledger(
         dict.fromkeys(TITLES, 0.0) | seconds, 100, {"train": Costs(3e9, 1e9, 10**9, 10**8)}, Setting(**given | setting)
     )

@@ -9,20 +9,7 @@ import pytest
 
 from learnax import preflight
 from learnax.registry import Registry
-from tests.helpers import MemoryRun, assert_trees_equal, host, make_data, make_trainer
-
-
-class Dataset:
-    """No list: it is read again in each pass."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        return self.data[index]
+from tests.helpers import MemoryRun, Streamed, assert_trees_equal, host, make_data, make_trainer
 
 
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"accumulate_steps": 2}, {"single_batch": True}])
@@ -62,7 +49,7 @@ def test_in_the_midst_of_a_run_it_leaves_all_as_it_was(tmp_path):
 
 
 def test_the_report_says_what_it_found(devices):
-    data = {"train_dataset": Dataset(make_data(83)), "val_datasets": {"held out": make_data(9, 1)}}
+    data = {"train_dataset": Streamed(make_data(83)), "val_datasets": {"held out": make_data(9, 1)}}
     trainer = make_trainer(devices=devices, **data)
     report = trainer.preflight()
     assert report.copied == ()
@@ -90,7 +77,7 @@ def test_the_report_says_what_it_found(devices):
 def test_its_estimate_of_an_epoch_is_about_what_one_takes():
     import time
 
-    class Slow(Dataset):
+    class Slow(Streamed):
         def __getitem__(self, index):
             time.sleep(0.002)
             return self.data[index]

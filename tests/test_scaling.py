@@ -16,7 +16,7 @@ from bench import scaling
 from bench.estimate import DISCLAIMER, Cluster, estimate, main, one_pass
 from bench.results import Results
 from learnax.packing import ROW, SMALL
-from tests.helpers import ROOT, make_trainer
+from tests.helpers import ROOT, dry, make_trainer
 
 # ---- bytes of a step
 
@@ -160,8 +160,5 @@ def test_a_process_that_ends_is_not_waited_for(tmp_path):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_knows_its_targets():
-    def dry(*args):
-        return subprocess.run(["make", "--dry-run", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-
     assert "examples/digits.py --distributed $1/2 --epochs 3" in dry("train-2", "ARGS=--epochs 3")
     assert "-m bench.scaling --quick" in dry("bench-scaling", "ARGS=--quick")

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from learnax.checkpoint import files, legacy
@@ -28,7 +27,7 @@ from learnax.checkpoint.trees import as_state
 from learnax.checkpoint.writer import Writer
 from learnax.processes import OneProcess, Processes
 from learnax.state import TrainState
-from learnax.utils import leaves_by_path
+from learnax.utils import leaves_by_path, tree_bytes
 
 _logger = logging.getLogger("learnax")
 
@@ -168,7 +167,7 @@ class Checkpointer:
             return False
         may_be_skipped = not entry.numbered or any(other.numbered for other in self._pending)
         # How fast storage is differs between processes, and they have to save alike: they wait.
-        if may_be_skipped and self._processes.count == 1 and not self._writer.has_room(_size(state)):
+        if may_be_skipped and self._processes.count == 1 and not self._writer.has_room(tree_bytes(state)):
             self._skip(entry)
             return False
         self._save(state, entry, metrics, resume)
@@ -261,7 +260,7 @@ class Checkpointer:
             with contextlib.suppress(ImportError):  # told of by the save that needs it
                 files.warm_up()
 
-        self._writer.submit(job, _size(state))
+        self._writer.submit(job, tree_bytes(state))
 
     def wait(self) -> None:
         """Waits until everything saved is on disk.
@@ -283,7 +282,7 @@ class Checkpointer:
     def _save(
         self, state: TrainState, entry: Entry, metrics: Mapping[str, float] | None, resume: Mapping[str, Any] | None
     ) -> None:
-        self._writer.wait_for_room(_size(state))
+        self._writer.wait_for_room(tree_bytes(state))
         resume = resume or {}
         history = self._history.arrays(resume.get("history", {}))
         leaves, pieces = self._own(state)
@@ -461,10 +460,6 @@ class Checkpointer:
 
 def _leaves(state: TrainState) -> dict[str, Any]:
     return leaves_by_path({"params": state.params, "opt_state": state.opt_state, "step": state.step})
-
-
-def _size(state: TrainState) -> int:
-    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(state))
 
 
 def _first_words(error: Exception) -> str:

@@ -10,7 +10,7 @@ import jax
 
 from learnax.data.batch import Block, signature_of, stack_batches, stack_on_host
 from learnax.data.reading import Collate, Here, Reader, read_item
-from learnax.utils import PyTree, describe
+from learnax.utils import PyTree, describe, tree_bytes
 
 
 class Loader:
@@ -96,7 +96,7 @@ class Loader:
         kept: list[Block] = []
         left = self._budget if start == 0 else 0
         for block in self._read(start):
-            left -= sum(leaf.nbytes for leaf in jax.tree.leaves(block.device))
+            left -= tree_bytes(block.device)
             if left >= 0:
                 kept.append(block)
             else:
@@ -107,7 +107,7 @@ class Loader:
 
     def kept(self, block: Block) -> int:
         """Bytes of a whole pass of blocks like this one, if it stays on the devices; 0 if it does not."""
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(block.device)) * -(-len(self) // self.room)
+        size = tree_bytes(block.device) * -(-len(self) // self.room)
         return size if size <= self._budget else 0
 
     def first(self, *, repeat_datum: bool) -> list[Any]:
@@ -197,7 +197,7 @@ class Repeated:
 
     def kept(self, block: Block) -> int:
         """Bytes of the batch, which stays on the devices."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(block.device))
+        return tree_bytes(block.device)
 
     def close(self) -> None:
         """Nothing to end: the batch was read once."""

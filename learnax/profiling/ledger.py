@@ -38,7 +38,6 @@ class Setting:
 
     Attributes:
         platform: of the devices, "cpu" for one.
-        devices: how many.
         room: steps in a dispatch at most.
         batches: batches of an update that a loop goes over; the compiler counts a loop once.
         num_workers: processes that read.
@@ -47,7 +46,6 @@ class Setting:
     """
 
     platform: str
-    devices: int
     room: int
     batches: int
     num_workers: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 from collections.abc import Sequence
@@ -36,7 +35,6 @@ class Annotations:
     """Annotations in a JAX trace, where one is being taken."""
 
     def __init__(self) -> None:
-        self._open = contextlib.ExitStack()
         self._ranges: list[jax.profiler.TraceAnnotation] = []
 
     def push(self, name: str) -> None:

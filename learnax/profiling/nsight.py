@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from learnax.profiling import cudart
-
-VARIABLE = "LEARNAX_PROFILE"
-"""Where a trainer reads which steps to switch the profiler on for."""
+from learnax.profiling.windows import VARIABLE
 
 _PLACES = {
     "nsys": ("/usr/local/cuda*/bin/nsys", "/opt/nvidia/nsight-systems*/*/bin/nsys"),

@@ -19,6 +19,19 @@ FIRST_S = 600.0
 """...and the first one, which nothing is known of yet, not before as many."""
 
 
+@contextlib.contextmanager
+def looking_on(watch: Callable[[threading.Event], None], name: str) -> Iterator[None]:
+    """Runs a function in a thread beside the block, with an event that is set when the block is over."""
+    over = threading.Event()
+    thread = threading.Thread(target=watch, args=(over,), name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 class Watchdog:
     """Looks on from a thread, and logs the phase and all Python stacks when nothing was dispatched for long.
 
@@ -44,15 +57,9 @@ class Watchdog:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watches the block."""
-        over = threading.Event()
         trained_by = threading.current_thread()
-        thread = threading.Thread(target=self._watch, args=(over, trained_by), name="learnax-watchdog", daemon=True)
-        thread.start()
-        try:
+        with looking_on(lambda over: self._watch(over, trained_by), "learnax-watchdog"):
             yield
-        finally:
-            over.set()
-            thread.join()
 
     def _watch(self, over: threading.Event, trained_by: threading.Thread) -> None:
         count = first = self._progress()

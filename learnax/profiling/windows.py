@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Sequence
 
+VARIABLE = "LEARNAX_PROFILE"
+"""Names windows where a script does not."""
 _ITEM = re.compile(
     r"(?P<tool>cuda|trace)\s*:\s*(?:epoch\s+(?P<epoch>\d+)|(?P<begin>\d+)\s*-\s*(?P<end>\d+))"
     r"(?:\s+every\s+(?P<every>\d+))?"
