@@ -16,7 +16,8 @@ from learnax.data import FirstDatum
 from learnax.loss import Losses
 from learnax.profiling.windows import VARIABLE, Window, parse
 from learnax.state import PyTree, init_params
-from learnax.step import AXIS, apply_model, datum_loss, with_axis
+from learnax.step import AXIS, datum_loss, with_axis
+from learnax.streams import asked_streams, lifted_streams
 from learnax.utils import describe, leaves_by_path
 
 _logger = logging.getLogger("learnax")
@@ -24,7 +25,7 @@ _logger = logging.getLogger("learnax")
 
 _COUNTS = ("num_epochs", "batch_size", "accumulate_steps")
 _CADENCES = ("save_every", "checkpoint_every", "plot_every", "val_every", "sample_every")
-_LIMITS = ("max_checkpoints", "sample_batch_size")
+_LIMITS = ("max_checkpoints", "max_dropped", "sample_batch_size")
 _FUNCTIONS = ("losses", "save_model", "plot_pipe", "plot_model", "sample_model", "sample_plot", "sample_metrics")
 _NEEDS = {
     "plot_model": "plot_pipe",
@@ -215,11 +216,15 @@ class Traced(NamedTuple):
     """What tracing a model and its losses tells.
 
     Attributes:
+        asked: random streams that the model draws from.
+        streams: those of them that need a key of their own, see `learnax.streams.lifted_streams`.
         metrics: their names.
         mapped: whether user code names the mapped axis `"devices"`.
         primitives: names of the JAX primitives that it is made of.
     """
 
+    asked: tuple[str, ...]
+    streams: tuple[str, ...]
     metrics: tuple[str, ...]
     mapped: bool
     primitives: frozenset[str]
@@ -239,16 +244,19 @@ def check_model(model: Any, losses: Losses, seed: int, data: Mapping[str, FirstD
         TypeError: a loss or a metric that is no scalar.
     """
     names: list[str] = []
+    streams: dict[str, tuple[str, ...]] = {}
     primitives: set[str] = set()
     key = jax.random.key(seed)
     first = data["train"].arguments
 
     def trace() -> jax.Array:
         step = jnp.zeros((), jnp.int32)
-        params = _model_shapes("train", model, first, lambda: init_params(model, key, first))
+        params = _model_fits("train", model, first, lambda: jax.eval_shape(lambda: init_params(model, key, first)))
         for split, (arguments, _) in data.items():
-            _model_shapes(split, model, arguments, lambda p: apply_model(model, p, key, arguments), params)  # noqa: B023
-            loss_of = functools.partial(datum_loss, model, losses)
+            asked = _model_fits(split, model, arguments, lambda: asked_streams(model, params, arguments))  # noqa: B023
+            if split == "train":
+                streams["asked"], streams["own"] = asked, lifted_streams(model, params, arguments, asked)
+            loss_of = functools.partial(datum_loss, model, losses, streams=streams["own"])
             traced = jax.make_jaxpr(loss_of, return_shape=True)(params, key, arguments, step)
             names.extend(name for name in traced[1][2] if name not in names)
             primitives.update(_primitives(traced[0].jaxpr))
@@ -256,12 +264,12 @@ def check_model(model: Any, losses: Losses, seed: int, data: Mapping[str, FirstD
 
     try:
         trace()
-        return Traced(tuple(names), False, frozenset(primitives))
+        return Traced(streams["asked"], streams["own"], tuple(names), False, frozenset(primitives))
     except NameError as error:
         if AXIS not in str(error):
             raise
     with_axis(trace)
-    return Traced(tuple(names), True, frozenset(primitives))
+    return Traced(streams["asked"], streams["own"], tuple(names), True, frozenset(primitives))
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
@@ -271,9 +279,9 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
         yield from _primitives(inner)
 
 
-def _model_shapes(split: str, model: Any, datum: list[Any], function: Callable[..., PyTree], *args: PyTree) -> PyTree:
+def _model_fits(split: str, model: Any, datum: list[Any], trace: Callable[[], Any]) -> Any:
     try:
-        return jax.eval_shape(function, *args)
+        return trace()
     except Exception as error:
         if isinstance(error, NameError) and AXIS in str(error):
             raise
@@ -289,7 +297,7 @@ def check_best(name: str, metrics: Sequence[str], splits: Sequence[str]) -> None
     """Raises ValueError where no split produces the metric that "best" is judged by."""
     produced = []
     for split in splits:
-        own = ["gradient norm", "has_nan", "learning_rate", "update_time"] if split == "train" else []
+        own = ["gradient norm", "has_nan", "nan_data", "learning_rate", "update_time"] if split == "train" else []
         produced += [f"{split}{kind}/{metric}" for kind in ("", "_epoch") for metric in ("loss", *metrics, *own)]
     if name not in produced:
         raise ValueError(

@@ -19,7 +19,7 @@ from learnax.processes import Processes
 from learnax.profiling.ledger import Ledger
 from learnax.profiling.phases import Phases
 from learnax.sender import sender
-from learnax.step import Scalars
+from learnax.step import NAN_DATA, Scalars
 
 _logger = logging.getLogger("learnax")
 _BULK = 16
@@ -30,6 +30,12 @@ _REFRESH_S = 0.2
 """Seconds between two looks of the progress bar at the metrics."""
 _NAN_LINES = 10
 """Dropped updates that are told one by one; after them, every hundredth."""
+_NAMED = 5
+"""Parameters that such a line names; of the others it gives the number."""
+
+
+class NoProgressError(RuntimeError):
+    """So many updates in a row were dropped that the run comes to nothing: why is in the text."""
 
 
 def in_notebook() -> bool:
@@ -83,9 +89,20 @@ class Log:
         steps: training steps of the whole run, for the progress bar.
         phases: the run's clock.
         processes: of the run: the first one logs and draws.
+        batch_data: data in a step, to say how many of them are NaN.
+        max_dropped: updates dropped in a row that end the run; None never does.
     """
 
-    def __init__(self, run: Any, in_flight: int, steps: int, phases: Phases, processes: Processes):
+    def __init__(
+        self,
+        run: Any,
+        in_flight: int,
+        steps: int,
+        phases: Phases,
+        processes: Processes,
+        batch_data: int,
+        max_dropped: int | None,
+    ):
         self.metrics: dict[str, list[float]] = {}
         self.step = 0
         self._sender = sender(run if processes.first else None)
@@ -98,7 +115,10 @@ class Log:
         self._on_their_way = 0
         self._bar: Any = None
         self._waited_before = self._began = self._last_push = self._last_read = self._last_look = 0.0
-        self.rows = self._rows_before = self._dropped = 0
+        self.rows = self._rows_before = self._dropped = self._dropped_before = self._in_a_row = 0
+        self._batch_data = batch_data
+        self._max_dropped = max_dropped
+        self._nan_told, self._why = False, ""
         self._shown = False
         self._sent: set[str] = set()
 
@@ -113,6 +133,7 @@ class Log:
         self._bar = _bar(self._steps, done, shown=self._processes.first)
         self._began = self._last_read = time.perf_counter()
         self._waited_before, self._rows_before = self._phases.data.seconds, self.rows
+        self._dropped_before = self._dropped
         self._shown = not self._bar.disable
         try:
             yield
@@ -121,13 +142,18 @@ class Log:
                 try:
                     self.drain()
                 finally:
+                    self._tell_session()
                     self._look()
                     self._bar.close()
                     self._bar = None
                     self._sender.close()
 
     def wait_for_room(self) -> None:
-        """Waits until no more than `in_flight` dispatches are unfinished; keeps the metrics of the others, in bulk."""
+        """Waits until no more than `in_flight` dispatches are unfinished; keeps the metrics of the others, in bulk.
+
+        Raises:
+            NoProgressError: the last `max_dropped` updates were all dropped.
+        """
         while len(self._pending) - self._done > self._in_flight:
             with self._phases.drain:
                 self._pending[self._done].scalars.values.block_until_ready()
@@ -137,6 +163,7 @@ class Log:
         late = self._processes.count > 1 or time.perf_counter() - self._last_read > _BULK_S
         if self._done >= _BULK or (self._done and late):
             self._keep_first(self._done)
+            self._check_progress()
 
     def push(self, scalars: Scalars, count: int, epoch: int) -> None:
         """Takes the scalars of `count` dispatched training steps."""
@@ -147,8 +174,9 @@ class Log:
         self._last_push = now
 
     def drain(self) -> None:
-        """Waits for the steps in flight and keeps their metrics."""
+        """Waits for the steps in flight and keeps their metrics; raises as `wait_for_room` does."""
         self._keep_first(len(self._pending))
+        self._check_progress()
 
     @contextlib.contextmanager
     def newest(self) -> Iterator[dict[str, float]]:
@@ -251,13 +279,22 @@ class Log:
         self._last_read = time.perf_counter()
         with self._phases.drain:
             dispatches[-1].scalars.values.block_until_ready()
+        if not self._pending:
+            # The devices were waited for, with nothing behind: that time is the last dispatch's, and no later one's.
+            now = time.perf_counter()
+            dispatches[-1] = dispatches[-1]._replace(seconds=dispatches[-1].seconds + now - self._last_push)
+            self._last_push = now
         names, epoch = dispatches[0].scalars.names, dispatches[0].epoch
         values = np.concatenate([np.asarray(dispatch.scalars.values)[: dispatch.steps] for dispatch in dispatches])
         self._on_their_way -= len(values)
         dropped = values[:, names.index("has_nan")]
         steps = (self.step + np.cumsum(dropped == 0)).tolist()
+        for row in np.flatnonzero(values[:, names.index(NAN_DATA)])[: not self._nan_told]:
+            self._tell_nan(steps[row], int(values[row, names.index(NAN_DATA)]))
         for row in np.flatnonzero(dropped):
-            self._tell_dropped(steps[row] + 1, dict(zip(names, values[row].tolist(), strict=True)))
+            self._why = _why_dropped(dict(zip(names, values[row].tolist(), strict=True)))
+            self._tell_dropped(steps[row] + 1)
+        self._in_a_row = _trailing(dropped, self._in_a_row)
         self.step = steps[-1]
         seconds = [dispatch.seconds / dispatch.steps for dispatch in dispatches for _ in range(dispatch.steps)]
         values = np.column_stack([values, np.asarray(seconds, values.dtype)])
@@ -290,24 +327,64 @@ class Log:
         shown["data"] = f"{(self._phases.data.seconds - self._waited_before) / elapsed:.0%}"
         self._bar.set_postfix(shown)
 
-    def _tell_dropped(self, step: int, values: Mapping[str, float]) -> None:
+    def _check_progress(self) -> None:
+        """Raises where so many updates in a row were dropped that more of the same would be a waste."""
+        if self._max_dropped is None or self._in_a_row < self._max_dropped:
+            return
+        in_a_row, self._in_a_row = self._in_a_row, 0  # raised once: what saves the run reads on
+        raise NoProgressError(
+            f"the last {in_a_row} updates were all dropped, after step {self.step}: {self._why}. The parameters are "
+            f"those of step {self.step}, and finite. Look at the data (train/nan_data counts those whose loss is NaN), "
+            "at the learning rate and at the losses; max_dropped=None goes on all the same"
+        )
+
+    def _tell_nan(self, step: int, count: int) -> None:
+        self._nan_told = True
+        _logger.warning(
+            "step %d: the loss of %d of %d data is NaN and counts as 0 in the mean; train/nan_data has their number "
+            "for each step, and this is told once",
+            step,
+            count,
+            self._batch_data,
+        )
+
+    def _tell_dropped(self, step: int) -> None:
         self._dropped += 1
         if self._dropped > _NAN_LINES and self._dropped % 100:
             return
-        paths = [name.removeprefix("grads/") for name, norm in values.items() if name.startswith("grads/")]
-        bad = [path for path in paths if not np.isfinite(values[f"grads/{path}"])]
-        if bad:
-            why = f"the gradient is not finite in {', '.join(bad)}"
-        elif not np.isfinite(values["learning_rate"]):
-            why = f"the rate is {values['learning_rate']}"
-        else:
-            why = "the optimizer's update is not finite, though the gradient is"
         _logger.warning(
             "step %d: the update would put NaN into the parameters and was dropped (%d so far): %s",
             step,
             self._dropped,
-            why,
+            self._why,
         )
+
+    def _tell_session(self) -> None:
+        """Says so where all was in vain."""
+        rows, dropped = self.rows - self._rows_before, self._dropped - self._dropped_before
+        if rows and dropped >= rows:
+            _logger.warning("all %d updates were dropped: nothing was trained, the step is still %d", rows, self.step)
+
+
+def _why_dropped(values: Mapping[str, float]) -> str:
+    """Why an update was dropped, by the scalars of its step."""
+    norms = {name.removeprefix("grads/"): norm for name, norm in values.items() if name.startswith("grads/")}
+    bad = [path for path, norm in norms.items() if not np.isfinite(norm)]
+    if bad:
+        named = ", ".join(bad[:_NAMED])
+        if len(bad) == len(norms) > _NAMED:
+            return f"the gradient is not finite in any of the {len(norms)} parameters, {named} and so on"
+        more = f" and {len(bad) - _NAMED} others of {len(norms)}" if len(bad) > _NAMED else ""
+        return f"the gradient is not finite in {named}{more}"
+    if not np.isfinite(values["learning_rate"]):
+        return f"the rate is {values['learning_rate']}"
+    return "the optimizer's update is not finite, though the gradient is"
+
+
+def _trailing(dropped: np.ndarray, before: int) -> int:
+    """How many updates in a row were dropped at the end, with those before where these were all dropped."""
+    made = np.flatnonzero(dropped == 0)
+    return len(dropped) - 1 - int(made[-1]) if made.size else before + len(dropped)
 
 
 class Means:
@@ -335,8 +412,8 @@ class Means:
         while len(self._pending) > left:
             sums, count = self._pending.popleft()
             for row in np.asarray(sums.values)[:count].tolist():
-                for name, value in zip(sums.names, row, strict=True):
-                    self._sums[name] = self._sums.get(name, 0.0) + value
+                for (name, unit), value in zip(sums.names, row, strict=True):
+                    self._sums[name] = self._sums.get(name, 0.0) + unit * value
 
 
 def _full_name(name: str) -> str:

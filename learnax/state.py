@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from learnax.streams import init_variables
+
 PyTree = Any
 LearningRate = float | Callable[[Any], Any]
 
@@ -47,10 +49,23 @@ class Position:
 def adam(learning_rate: LearningRate) -> optax.GradientTransformation:
     """Adam (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980) with its hyperparameters kept in its state.
 
+    The hyperparameters are float32 whatever the parameters are, or float64 beside parameters of that. By default
+    optax casts them to the parameters' own dtype, and in bfloat16 b2 = 0.999 is 1: the bias correction `1 - b2**count`
+    is 0 then, and the first update divides by it.
+
     Args:
         learning_rate: a number, or an optax schedule `update count -> rate`.
     """
-    return optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate, b1=0.9, b2=0.999)
+
+    def of(tree: PyTree) -> optax.GradientTransformation:
+        wide = any(leaf.dtype in (jnp.float64, jnp.complex128) for leaf in jax.tree.leaves(tree))
+        inject = optax.inject_hyperparams(optax.adam, hyperparam_dtype=jnp.float64 if wide else jnp.float32)
+        return inject(learning_rate=learning_rate, b1=0.9, b2=0.999)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        return of(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(lambda params: of(params).init(params), update)
 
 
 def next_rate(learning_rate: LearningRate, state: TrainState) -> jax.Array:
@@ -83,6 +98,21 @@ def with_rate(learning_rate: LearningRate, opt_state: Any) -> Any:
     return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
 
 
+def hyperparams(opt_state: Any) -> dict[str, Any]:
+    """The hyperparameters that an optimiser's state keeps (`optax.inject_hyperparams`), without scheduled ones."""
+
+    def keeps(node: Any) -> bool:
+        return hasattr(node, "hyperparams") and hasattr(node, "hyperparams_states")
+
+    found: dict[str, Any] = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=keeps):
+        if keeps(node):
+            where = f" at {jax.tree_util.keystr(path)}" if path else ""
+            constant = {name: value for name, value in node.hyperparams.items() if name not in node.hyperparams_states}
+            found |= {f"{name}{where}": value for name, value in constant.items()}
+    return found
+
+
 def key_pair(seed: int) -> tuple[jax.Array, jax.Array]:
     """The random sequence of a run, and the key that its parameters are drawn from."""
     seq, init = jax.random.split(jax.random.key(seed))
@@ -95,7 +125,7 @@ def init_params(model: Any, key: jax.Array, datum: list[Any]) -> PyTree:
     Raises:
         ValueError: a model with other collections, batch statistics for one: a step carries parameters alone.
     """
-    variables = model.init(key, *datum)
+    variables = init_variables(model, key, datum)
     others = sorted(set(variables) - {"params"})
     if others:
         raise ValueError(

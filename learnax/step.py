@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,11 @@ import optax
 from learnax.loss import Losses, call_loss
 from learnax.packing import Packing
 from learnax.state import LearningRate, PyTree, TrainState, last_rate, next_rate
+from learnax.streams import asked_streams, lifted_streams, rngs_of
 
 AXIS = "devices"
+NAN_DATA = "nan_data"
+"""The metric that says of how many data the loss is NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Recipe:
         accumulate: batches whose gradients are averaged before an update.
         trusted: whether finite gradients and a finite rate make a finite update, as with Adam behind a clip.
         looped: whether the model is as fast inside a loop as outside.
+        streams: random streams of the model that get a key of their own, see `learnax.streams.lifted_streams`.
         gather: makes whole parameters for the loss of those that the state has, where they are divided over devices.
     """
 
@@ -50,6 +54,7 @@ class Recipe:
     accumulate: int = 1
     trusted: bool = True
     looped: bool = True
+    streams: tuple[str, ...] = ()
     gather: Callable[[PyTree], PyTree] = lambda params: params
 
 
@@ -59,40 +64,58 @@ class Scalars:
     """Scalars in one array, with a name for each column: one transfer instead of many.
 
     Attributes:
-        names: of the columns.
+        names: of the columns; those of an evaluation are pairs, see `evaluate`.
         values: `(n, len(names))`, a row for each step.
     """
 
-    names: tuple[str, ...]
+    names: tuple[Any, ...]
     values: Any
 
     @classmethod
-    def row(cls, scalars: dict[str, jax.Array]) -> Scalars:
+    def row(cls, scalars: Mapping[Any, jax.Array]) -> Scalars:
         """One row, `values` of shape `(len(names),)`."""
         dtype = jnp.promote_types(jnp.float32, jax.dtypes.canonicalize_dtype(float))
         values = jnp.stack([jnp.asarray(value).astype(dtype) for value in scalars.values()])
         return cls(tuple(scalars), values)
 
-    def tree_flatten(self) -> tuple[tuple[Any], tuple[str, ...]]:
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[Any, ...]]:
         """The array, and the names as part of the structure."""
         return (self.values,), self.names
 
     @classmethod
-    def tree_unflatten(cls, names: tuple[str, ...], children: tuple[Any]) -> Scalars:
+    def tree_unflatten(cls, names: tuple[Any, ...], children: tuple[Any]) -> Scalars:
         """The inverse."""
         return cls(names, *children)
 
 
-def apply_model(model: Any, params: PyTree, key: jax.Array, datum: list[Any]) -> Any:
-    """The model's output for one datum; every random stream it asks for is drawn from `key`."""
-    return model.apply({"params": params}, *datum, rngs={"params": key})
+def apply_model(
+    model: Any, params: PyTree, key: jax.Array, datum: list[Any], streams: tuple[str, ...] | None = None
+) -> Any:
+    """The model's output for one datum; every random stream it asks for is drawn from `key`.
+
+    Args:
+        model: the flax module.
+        params: its parameters.
+        key: of this datum.
+        datum: the module's arguments.
+        streams: those that get a key of their own; None finds out, at the price of tracing the module again.
+    """
+    if streams is None:
+        streams = lifted_streams(model, params, datum, asked_streams(model, params, datum))
+    return model.apply({"params": params}, *datum, rngs=rngs_of(key, streams))
 
 
 def datum_loss(
-    model: Any, losses: Losses, params: PyTree, key: jax.Array, datum: list[Any], step: Any
+    model: Any,
+    losses: Losses,
+    params: PyTree,
+    key: jax.Array,
+    datum: list[Any],
+    step: Any,
+    streams: tuple[str, ...] = (),
 ) -> tuple[Any, jax.Array, dict[str, Any]]:
     """Output, loss and metrics of one datum; a loss or metric that is no scalar is a TypeError."""
-    result = call_loss(losses, apply_model(model, params, key, datum), datum, step)
+    result = call_loss(losses, apply_model(model, params, key, datum, streams), datum, step)
     if not isinstance(result, tuple) or len(result) != 3:
         raise TypeError(f"losses must return (output, loss, metrics), but returned {type(result).__name__}")
     output, loss, metrics = result
@@ -105,29 +128,30 @@ def datum_loss(
 def batch_losses(
     recipe: Recipe, params: PyTree, keys: jax.Array, batch: PyTree, step: Any
 ) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
-    """Outputs, losses and metrics of each datum of a share; a NaN loss counts as 0."""
-    per_datum = functools.partial(datum_loss, recipe.model, recipe.losses)
+    """Outputs, losses and metrics of each datum of a share, as they are: a NaN is a NaN."""
+    per_datum = functools.partial(datum_loss, recipe.model, recipe.losses, streams=recipe.streams)
     params = recipe.gather(params)
-    outputs, losses, metrics = jax.vmap(per_datum, in_axes=(None, 0, 0, None))(params, keys, batch, step)
-    return outputs, jnp.where(jnp.isnan(losses), jnp.zeros_like(losses), losses), metrics
+    return jax.vmap(per_datum, in_axes=(None, 0, 0, None))(params, keys, batch, step)
 
 
 def mean_loss(
     recipe: Recipe, params: PyTree, keys: jax.Array, batch: PyTree, step: Any
 ) -> tuple[jax.Array, tuple[Any, jax.Array, dict[str, jax.Array]]]:
-    """`(loss, (outputs, loss, metrics))`: means over a share, outputs of each datum."""
-    outputs, losses, metrics = batch_losses(recipe, params, keys, batch, step)
-    loss = losses.mean()
-    return loss, (outputs, loss, {name: jnp.mean(values) for name, values in metrics.items()})
+    """`(loss, (outputs, loss, metrics))`: means over a share, outputs of each datum; a NaN loss counts as 0."""
+    loss, (outputs, metrics, _) = _mean_loss(recipe, params, keys, batch, step)
+    return loss, (outputs, loss, metrics)
 
 
 def gradients(
     recipe: Recipe, params: PyTree, keys: jax.Array, batch: PyTree, step: Any
 ) -> tuple[PyTree, tuple[Any, jax.Array, dict[str, jax.Array]]]:
-    """Gradients of `mean_loss`, with its outputs; all but the outputs are means over the devices."""
-    (grads, value, metrics), outputs = _own_gradients(recipe, params, keys, batch, step)
-    grads, value, metrics = _mean_over_devices(recipe, (grads, value, metrics))
-    return grads, (outputs, value, metrics)
+    """Gradients of `mean_loss`, with its outputs; all but the outputs are means over the devices.
+
+    Of a complex parameter it is the conjugate of `jax.grad`'s: the direction of steepest ascent, as optax expects.
+    """
+    means, outputs = _own_gradients(recipe, params, keys, batch, step)
+    means = _mean_over_devices(recipe, means)
+    return means.grads, (outputs, means.loss, means.metrics)
 
 
 def update(
@@ -147,8 +171,9 @@ def update(
         outputs of this device's data.
     """
     packing = Packing(state.params)
-    (grads, *means), outputs = _own_gradients(recipe, state.params, _keys(recipe, key), batch, state.step)
-    state, scalars = _apply(recipe, packing, state, *_mean_over_devices(recipe, (packing.pack(grads), *means)))
+    means, outputs = _own_gradients(recipe, state.params, _keys(recipe, key), batch, state.step)
+    means = _mean_over_devices(recipe, means._replace(grads=packing.pack(means.grads)))
+    state, scalars = _apply(recipe, packing, state, means)
     return state, scalars, outputs
 
 
@@ -178,8 +203,8 @@ def train(
 
     def own(number: Any) -> tuple[Any, Any]:
         batch = _batch(batches, index + number)
-        (grads, *means), outputs = _own_gradients(recipe, state.params, _keys(recipe, keys[number]), batch, state.step)
-        return (packing.pack(grads), *means), outputs if with_outputs else None
+        means, outputs = _own_gradients(recipe, state.params, _keys(recipe, keys[number]), batch, state.step)
+        return means._replace(grads=packing.pack(means.grads)), outputs if with_outputs else None
 
     if recipe.accumulate == 1:
         means, outputs = own(0)
@@ -187,11 +212,15 @@ def train(
 
         def add(number: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             means, outputs = own(number)
-            return jax.tree.map(lambda a, b: a + b / recipe.accumulate, carry[0], means), outputs
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype) / recipe.accumulate, carry[0], means), outputs
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(own, index))
-        means, outputs = jax.lax.fori_loop(0, recipe.accumulate, add, zeros, unroll=not recipe.looped)
-    state, scalars = _apply(recipe, packing, state, *_mean_over_devices(recipe, means))
+        like, outputs = jax.eval_shape(own, index)
+        outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+        # Wide: in half precision, the small part that each batch adds would be lost beside the sum.
+        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), like)
+        sums, outputs = jax.lax.fori_loop(0, recipe.accumulate, add, (sums, outputs), unroll=not recipe.looped)
+        means = jax.tree.map(lambda x, like: x.astype(like.dtype), sums, like)
+    state, scalars = _apply(recipe, packing, state, _mean_over_devices(recipe, means))
     return state, Scalars.row(scalars), outputs
 
 
@@ -262,7 +291,8 @@ def evaluate(
 
     Returns:
         The random sequence after it (a full batch takes a key from it, a tail does not), and sums
-        over all devices, one row.
+        over all devices, one row: names are pairs of a metric and what its number counts, so that the
+        sum of products is the metric's sum. A NaN stays a NaN.
     """
     after, key = jax.random.split(seq)
     left = size - index * recipe.batch_size
@@ -273,12 +303,46 @@ def evaluate(
     share = recipe.batch_size // recipe.shards
     real = _shard_index(recipe) * share + jnp.arange(share, dtype=jnp.int32) < left
     sums = {
-        name: jnp.where(real, values, jnp.zeros_like(values)).sum()
-        for name, values in {**metrics, "loss": losses}.items()
+        name: jnp.where(real, part, jnp.zeros_like(part)).sum()
+        for metric, values in {**metrics, "loss": losses}.items()
+        for name, part in _parts(metric, values).items()
     }
     if recipe.shards > 1:
         sums = jax.lax.psum(sums, AXIS)
-    return jnp.where(full, after, seq), Scalars.row(sums)
+    return jnp.where(full, after, seq), Scalars.row(_exact(sums))
+
+
+_DIGIT, _DIGITS = 11, 3
+"""Whole numbers are summed in digits of so many bits: of up to 2**20 data each sum fits into an int32."""
+
+
+def _parts(name: str, values: jax.Array) -> dict[tuple[str, int], jax.Array]:
+    """A metric of each datum as numbers whose sums are accurate, by what each counts.
+
+    Half precision is made wide. Whole numbers, exact beyond what float32 holds, are taken apart into digits; where
+    there are 64 bits, those hold them.
+    """
+    if jnp.issubdtype(values.dtype, jnp.inexact):
+        return {(name, 1): values.astype(_wide(values.dtype))}
+    if jax.dtypes.canonicalize_dtype(int) == jnp.int64:
+        return {(name, 1): values.astype(jnp.int64)}
+    wide = jnp.uint32 if values.dtype == jnp.uint32 else jnp.int32
+    number = values.astype(wide)
+    places = [(number >> wide(_DIGIT * place)) for place in range(_DIGITS)]
+    digits = [(part & wide((1 << _DIGIT) - 1)).astype(jnp.int32) for part in places[:-1]]
+    digits.append(places[-1].astype(jnp.int32))  # with the sign
+    return {(name, 1 << _DIGIT * place): digit for place, digit in enumerate(digits)}
+
+
+def _exact(sums: dict[tuple[str, int], jax.Array]) -> dict[tuple[str, int], jax.Array]:
+    """The same sums in numbers that a row of float32 holds exactly: an int32 in two halves."""
+    exact: dict[tuple[str, int], jax.Array] = {}
+    for (name, unit), value in sums.items():
+        if value.dtype == jnp.int32:
+            exact[name, unit], exact[name, unit << 16] = value & 0xFFFF, value >> 16
+        else:
+            exact[name, unit] = value
+    return exact
 
 
 def evaluate_many(
@@ -323,45 +387,97 @@ def _batch(batches: PyTree, index: Any) -> PyTree:
     return jax.tree.map(take, batches)
 
 
-def _own_gradients(
+class _Means(NamedTuple):
+    """Means over data.
+
+    Attributes:
+        grads: gradients, packed or not.
+        loss: the loss, a NaN counted as 0.
+        metrics: by name.
+        nan: the part of the data whose loss is NaN.
+    """
+
+    grads: PyTree
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+    nan: jax.Array
+
+
+def _mean_loss(
     recipe: Recipe, params: PyTree, keys: jax.Array, batch: PyTree, step: Any
-) -> tuple[tuple[PyTree, jax.Array, dict[str, jax.Array]], Any]:
-    """`((gradients, loss, metrics), outputs)` of this device's share, before any mean over the devices."""
-    grads, (outputs, loss, metrics) = jax.grad(functools.partial(mean_loss, recipe), has_aux=True)(
+) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array], jax.Array]]:
+    """`(loss, (outputs, metrics, part of the data whose loss is NaN))`, of this device's share."""
+    outputs, losses, metrics = batch_losses(recipe, params, keys, batch, step)
+    nan = jnp.isnan(losses)
+    loss = jnp.where(nan, jnp.zeros_like(losses), losses).mean()
+    return loss, (outputs, {name: jnp.mean(values) for name, values in metrics.items()}, nan.mean(dtype=jnp.float32))
+
+
+def _own_gradients(recipe: Recipe, params: PyTree, keys: jax.Array, batch: PyTree, step: Any) -> tuple[_Means, Any]:
+    """Means over this device's share, before any over the devices; and the outputs."""
+    (loss, (outputs, metrics, nan)), grads = jax.value_and_grad(functools.partial(_mean_loss, recipe), has_aux=True)(
         params, keys, batch, step
     )
-    return (grads, loss, metrics), outputs
+    # jax.grad of a complex parameter points down, in its imaginary part.
+    grads = jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
+    return _Means(grads, loss, metrics, nan), outputs
 
 
 def _apply(
-    recipe: Recipe,
-    packing: Packing,
-    state: TrainState,
-    grads: list[jax.Array],
-    loss: jax.Array,
-    metrics: dict[str, jax.Array],
+    recipe: Recipe, packing: Packing, state: TrainState, means: _Means
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Clips, guards and applies an update from packed gradients; returns the new state and the step's scalars."""
+    grads = means.grads
     squares = packing.squares(grads)
     norm = jnp.sqrt(squares.sum())
     sound = _sound(grads, norm)
-    if recipe.trusted:
+    if recipe.trusted and all(map(_is_trusted, jax.tree.leaves(state.params))):
         rate = next_rate(recipe.learning_rate, state)
         state = _guarded(recipe, packing, state, grads, norm, sound := sound & jnp.isfinite(rate))
     else:
         step = state.step
         # Its updates are made twice, to be looked at before they touch the state: cheaper than a second state.
-        sound &= _all_finite(_updates(recipe, packing, grads, norm, state)[0])
+        updates, _ = _updates(recipe, packing, grads, norm, state)
+        sound &= _all_finite(updates) & _stay_finite(state.params, updates)
         state = _guarded(recipe, packing, state, grads, norm, sound)
         rate = last_rate(recipe.learning_rate, state, step)
     return state, {
-        **metrics,
-        "loss": loss,
+        **means.metrics,
+        "loss": means.loss,
         "gradient norm": norm,
         "has_nan": ~sound,
+        NAN_DATA: jnp.round(means.nan * (recipe.batch_size * recipe.accumulate)),
         "learning_rate": rate,
         **{f"grads/{path}": own for path, own in zip(packing.paths, jnp.sqrt(squares), strict=True)},
     }
+
+
+def _is_trusted(leaf: jax.Array) -> bool:
+    """Whether Adam's arithmetic for such a parameter overflows nowhere where its gradient is finite."""
+    return leaf.dtype in (jnp.float32, jnp.float64)
+
+
+def _stay_finite(params: PyTree, updates: PyTree) -> jax.Array:
+    """Whether parameters that are finite stay so, where their type overflows at numbers that training may come to."""
+
+    def stays(leaf: jax.Array, after: jax.Array) -> jax.Array:
+        if _wide(leaf.dtype) == leaf.dtype:
+            return jnp.asarray(True)
+        return (jnp.isfinite(after) | ~jnp.isfinite(leaf)).all()
+
+    kept = jax.tree.map(stays, params, _applied(params, updates))
+    return functools.reduce(jnp.logical_and, jax.tree.leaves(kept), jnp.asarray(True))
+
+
+def _applied(params: PyTree, updates: PyTree) -> PyTree:
+    """Parameters after updates, of the types that they have; updates of half-precision parameters may be wider."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optax.apply_updates(params, updates)
+
+
+def _wide(dtype: Any) -> Any:
+    """The type that sums of such numbers are kept in: float32 at least."""
+    return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4 else dtype
 
 
 def _next_keys(seq: jax.Array, count: Any, room: int) -> tuple[jax.Array, jax.Array]:
@@ -415,7 +531,8 @@ def _updates(
 ) -> tuple[PyTree, Any]:
     """The optimiser's updates of the parameters from clipped gradients, and its new state, packed as it came."""
     scale = jnp.where(norm > recipe.max_grad, recipe.max_grad / norm, jnp.ones_like(norm))
-    grads = [g * scale.astype(g.dtype) for g in grads]
+    # In float32 at least: a small scale is 0 in half precision.
+    grads = [(g * scale.astype(_wide(g.dtype))).astype(g.dtype) for g in grads]
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic is not clean under "strict"
         if packing.moments:
             updates, opt_state = recipe.optimizer.update(grads, state.opt_state)
@@ -435,7 +552,7 @@ def _guarded(
     def update(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
         _, old = carry
         updates, opt_state = _updates(recipe, packing, grads, norm, old)
-        new = TrainState(optax.apply_updates(old.params, updates), opt_state, old.step + jnp.ones_like(old.step))
+        new = TrainState(_applied(old.params, updates), opt_state, old.step + jnp.ones_like(old.step))
         return jnp.asarray(False), jax.tree.map(lambda n, o: jnp.asarray(n).astype(o.dtype), new, old)
 
     return jax.lax.while_loop(lambda carry: carry[0], update, (sound, state))[1]

@@ -24,6 +24,7 @@ from learnax.checkpoint import Checkpointer, SaveError
 from learnax.data import Block, Loader, Repeated, check_dataset, first_datum
 from learnax.engine import BATCHES, SAME, Engine
 from learnax.log import Log, Means
+from learnax.log import NoProgressError as NoProgressError
 from learnax.log import in_notebook as in_notebook
 from learnax.loss import LossPipe
 from learnax.plan import RESIDENT_BYTES, plan
@@ -39,7 +40,7 @@ from learnax.profiling.watchdog import Watchdog
 from learnax.programs import Programs
 from learnax.registry import Registry
 from learnax.sharding import Gather, divided
-from learnax.state import LearningRate, Position, PyTree, adam, fresh_state, key_pair, with_rate
+from learnax.state import LearningRate, Position, PyTree, adam, fresh_state, hyperparams, key_pair, with_rate
 from learnax.state import TrainState as TrainState
 from learnax.step import AXIS, Recipe, with_axis
 from learnax.stops import Stops, TimeUpError
@@ -47,6 +48,8 @@ from learnax.utils import same_structure, tree_bytes
 
 _logger = logging.getLogger("learnax")
 _SINGLE_BATCH_STEPS = 1000
+_LAST_STREAM = 0x1A57
+"""Folded into the random sequence for the validation of a last epoch that none was due in."""
 _SAFE_GRAD = 1e18
 """A gradient clipped to no more than this has squares that are finite in float32, and Adam divides by nothing else."""
 
@@ -102,6 +105,8 @@ class Trainer:
             keeps (`optax.inject_hyperparams`), or else what the argument `learning_rate` says.
         compilation_cache: the folder in which compiled programs outlive the process; False for none; by default
             what `LEARNAX_COMPILATION_CACHE` says (a folder or "off"), or a folder among the user's caches.
+        max_dropped: updates dropped in a row, because they would have put NaN into the parameters, after which the run
+            ends with an error; None never does.
         max_seconds: seconds that `train()` may take; after them it stops as for a signal, but returns. None for
             no limit.
         devices: devices that a batch is split over, by default all there are, those of other processes included.
@@ -160,6 +165,7 @@ class Trainer:
         accumulate_steps: int = 1,
         optimizer: optax.GradientTransformation | None = None,
         compilation_cache: str | os.PathLike[str] | bool | None = None,
+        max_dropped: int | None = 100,
         max_seconds: float | None = None,
         devices: Sequence[jax.Device] | None = None,
         shard_state: bool = False,
@@ -215,6 +221,8 @@ class Trainer:
             specs = jax.tree.leaves(self.engine.params_layout, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
             gather["gather"] = Gather(self.engine.mesh, tuple(specs))
         self.processes.compare("arguments", lambda: checks.comparable(given, splits, self._data, self._shapes()))
+        if traced.asked and len(splits) > 1:
+            _tell_random(traced.asked)
         if keep_best_checkpoint:
             checks.check_best(best_metric_name, traced.metrics, list(splits))
 
@@ -236,12 +244,14 @@ class Trainer:
             accumulate_steps,
             trusted=self._own_optimizer and max_grad <= _SAFE_GRAD,
             looped=self.plan.looped,
+            streams=traced.streams,
             **gather,
         )
         self.programs = Programs(self.engine, recipe, self.plan.room, with_outputs=plot_pipe is not None)
 
         steps = num_epochs * self._epoch_steps
-        self.log = Log(run, self.engine.in_flight, steps, self.phases, self.processes)
+        batch_data = batch_size * accumulate_steps
+        self.log = Log(run, self.engine.in_flight, steps, self.phases, self.processes, batch_data, max_dropped)
         self.metrics = self.log.metrics
         self.checkpointer = _checkpointer(
             registry,
@@ -308,16 +318,18 @@ class Trainer:
 
         Raises:
             SaveError: the last save did not succeed.
+            NoProgressError: the last `max_dropped` updates were all dropped.
             KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the exit status is 143 for the latter.
         """
         with self._session():
             if self.position.epoch < self.num_epochs:
                 self._compile()
+            else:
+                self._tell_complete()
             params = jax.tree.leaves(self.train_state.params)
             self.log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
             for epoch in range(self.position.epoch, self.num_epochs):
                 self.epoch(epoch)
-            self._save_last()
         self.log.conclude(self.ledger)
         return self.run
 
@@ -338,12 +350,15 @@ class Trainer:
                     self.stops.check()
             self.log.drain()
             means = {"train": self.log.training_means(self.position.marks)}
-            seq = self.rng_seq
-            if self.val_every is None or epoch % self.val_every == 0:
+            due = self.val_every is None or epoch % self.val_every == 0
+            # The last epoch is validated in any case, by keys beside the run's: a run that is made longer later draws
+            # what it would have drawn without.
+            seq = self.rng_seq if due else jax.random.fold_in(self.rng_seq, _LAST_STREAM)
+            if due or epoch == self.num_epochs - 1:
                 for name in [name for name in self.loaders if name != "train"]:
                     means[name], seq = self._validate(name, seq)
             # Only now that all is done: an epoch that is interrupted before validates again, on the same keys.
-            self._end_epoch(epoch, means, seq)
+            self._end_epoch(epoch, means, seq if due else self.rng_seq)
 
     def _dispatches(self, block: Block) -> Iterator[tuple[int, int]]:
         """Cuts a block where something is due: `(first batch, steps)` of each dispatch, at most `plan.room` steps."""
@@ -445,8 +460,18 @@ class Trainer:
             self.log.send({**values, "step": self.log.step, "epoch": epoch})
         self.profiler.leave(self.log.step, epoch + 1)
 
+    def _tell_complete(self) -> None:
+        """Says that there is nothing to train: the script may be meant for another run."""
+        _logger.warning(
+            "this run is complete: %d of %d epochs, %d steps; train() makes no step. A larger num_epochs trains on, "
+            "another run= (or load_checkpoint=None, which moves its checkpoints aside) trains anew",
+            self.position.epoch,
+            self.num_epochs,
+            self.log.step,
+        )
+
     def _save_last(self) -> None:
-        """Saves the end of the run, so that nothing of it is lost between two saves."""
+        """Saves the end of a session, so that nothing of it is lost between two saves."""
         if self.checkpointer is not None:
             with self.phases.save:
                 self.checkpointer.save_latest(self.train_state, self.log.step, None, self._resume_point())
@@ -481,6 +506,8 @@ class Trainer:
                     try:
                         with contextlib.closing(self.profiler):
                             yield
+                        if self._done() > done:
+                            self._save_last()
                     except SaveError:
                         raise
                     except BaseException as error:
@@ -635,6 +662,8 @@ class Trainer:
         state, resume = loaded["state"], loaded["resume"]
         if self._own_optimizer:  # only of that one the rate is sure to be the argument `learning_rate`
             state = state._replace(opt_state=with_rate(self.learning_rate, state.opt_state))
+        else:
+            self._tell_kept(state.opt_state)
         self.train_state = state
         self.log.resume(loaded["step"], resume["history"] if resume else {})
         if resume:
@@ -642,6 +671,24 @@ class Trainer:
             self.position = Position(**resume["position"])
             self.rng_seq = self.engine.put(jax.random.wrap_key_data(jnp.asarray(resume["rng"])), SAME)
         return True
+
+    def _tell_kept(self, opt_state: PyTree) -> None:
+        """Names the hyperparameters that the script gives otherwise than the state that was read."""
+        kept = hyperparams(opt_state)
+        if not kept:
+            return
+        given = jax.jit(lambda: hyperparams(self.optimizer.init(_zeros(self._shapes().params))))()
+        lines = [
+            f"{name} is {np.asarray(kept[name]):g} in the checkpoint and {np.asarray(value):g} in the script"
+            for name, value in given.items()
+            if np.ndim(value) == 0 and name in kept and np.asarray(kept[name]) != np.asarray(value)
+        ]
+        if lines:
+            _logger.warning(
+                "the optimizer keeps hyperparameters in its state, and goes on with those of the checkpoint: %s. Put "
+                "another one into trainer.train_state.opt_state to change it",
+                "; ".join(lines),
+            )
 
     def _resume_point(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state, for a run to go on as if it had not stopped."""
@@ -762,6 +809,19 @@ class Trainer:
     def _as_arguments(self, batch: PyTree) -> list[Any]:
         """A stacked batch as arguments, whether it was given as those or as the dataset gives them."""
         return batch if same_structure(batch, self._first) else [batch]
+
+
+def _tell_random(streams: Sequence[str]) -> None:
+    _logger.warning(
+        "the model draws random numbers in validation as in training, from %s: dropout, for one, is not switched off. "
+        "Where that is not meant, let each datum say which it is, [x, y, training], and the model choose: "
+        "jnp.where(training, nn.Dropout(0.5, deterministic=False)(x), x)",
+        ", ".join(map(repr, streams)),
+    )
+
+
+def _zeros(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _checkpointer(

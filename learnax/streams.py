@@ -1,0 +1,120 @@
+"""The random streams of a flax module: which it asks for, and which need a key of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.extend.core
+from flax.core import Scope
+from flax.errors import InvalidRngError
+from jax.extend.core import Literal
+
+from learnax.utils import PyTree
+
+T = TypeVar("T")
+_LOCK = threading.Lock()
+
+_ASKS = re.compile(r'needs PRNG for "(.*)"')
+
+
+def rngs_of(key: jax.Array, streams: tuple[str, ...]) -> dict[str, jax.Array]:
+    """What a module is applied with.
+
+    flax draws from `params` where a stream that is asked for is not given, so that key alone serves all of them.
+
+    Args:
+        key: of one datum.
+        streams: those that get a key of their own, see `lifted_streams`.
+    """
+    return {"params": key, **{name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in streams}}
+
+
+def init_variables(model: Any, key: jax.Array, datum: list[Any]) -> Any:
+    """A module's fresh variables, drawn from `key`."""
+    return _with_streams(lambda streams: model.init(rngs_of(key, streams), *datum))[0]
+
+
+def asked_streams(model: Any, params: PyTree, datum: list[Any]) -> tuple[str, ...]:
+    """The random streams that a module draws from, by name; traced, not computed.
+
+    Raises:
+        Exception: what the module raises on this datum.
+    """
+    key = jax.random.key(0)
+    with _recording() as asked:
+        _with_streams(lambda streams: jax.eval_shape(_applied(model, ("params", *streams)), params, key, datum))
+    return tuple(asked)
+
+
+def lifted_streams(model: Any, params: PyTree, datum: list[Any], asked: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the streams that a module draws from, those that one of its lifted transforms splits, or lets in alone.
+
+    `nn.RNN`, `nn.scan`, `nn.vmap` split a stream that their `split_rngs` names only where it is given: by the
+    `params` stream alone, which they are told not to split, every step and every row would draw the same.
+    """
+    others = [name for name in asked if name != "params"]
+    if not others:
+        return ()
+    plain, needed = _with_streams(lambda streams: _splits(model, params, datum, ("params", *streams)))
+    return tuple(
+        name for name in others if name in needed or _splits(model, params, datum, ("params", *needed, name)) > plain
+    )
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[dict[str, None]]:
+    """Notes the streams that modules ask for inside; flax itself tells of those alone that it has no key for."""
+    asked: dict[str, None] = {}
+    with _LOCK:
+        make_rng = Scope.make_rng
+
+        def noted(scope: Scope, name: str = "params") -> Any:
+            asked[name] = None
+            return make_rng(scope, name)
+
+        Scope.make_rng = noted  # type: ignore[method-assign, assignment]
+        try:
+            yield asked
+        finally:
+            Scope.make_rng = make_rng  # type: ignore[method-assign]
+
+
+def _with_streams(call: Callable[[tuple[str, ...]], T]) -> tuple[T, tuple[str, ...]]:
+    """Calls a function with the streams without which flax raises; what it returns, and those streams."""
+    streams: tuple[str, ...] = ()
+    while True:
+        try:
+            return call(streams), streams
+        except InvalidRngError as error:
+            found = _ASKS.search(str(error))
+            if found is None or found[1] in streams:
+                raise
+            streams = (*streams, found[1])
+
+
+def _applied(model: Any, streams: tuple[str, ...]) -> Any:
+    def apply(params: PyTree, key: jax.Array, datum: list[Any]) -> Any:
+        return model.apply({"params": params}, *datum, rngs=dict.fromkeys(streams, key))
+
+    return apply
+
+
+def _splits(model: Any, params: PyTree, datum: list[Any], streams: tuple[str, ...]) -> int:
+    """How often a key is split, or a number that is not constant is folded into one: what a lift does for a stream."""
+    traced = jax.make_jaxpr(_applied(model, streams))(params, jax.random.key(0), datum)
+    return _count(traced.jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    own = sum(
+        equation.primitive.name == "random_split"
+        or (equation.primitive.name == "random_fold_in" and not isinstance(equation.invars[1], Literal))
+        for equation in jaxpr.eqns
+    )
+    return own + sum(map(_count, jax.extend.core.subjaxprs(jaxpr)))
