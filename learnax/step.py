@@ -532,7 +532,7 @@ def _updates(
     """The optimiser's updates of the parameters from clipped gradients, and its new state, packed as it came."""
     scale = jnp.where(norm > recipe.max_grad, recipe.max_grad / norm, jnp.ones_like(norm))
     # In float32 at least: a small scale is 0 in half precision.
-    grads = [(g * scale.astype(_wide(g.dtype))).astype(g.dtype) for g in grads]
+    grads = [(g.astype(_wide(g.dtype)) * scale.astype(_wide(g.dtype))).astype(g.dtype) for g in grads]
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic is not clean under "strict"
         if packing.moments:
             updates, opt_state = recipe.optimizer.update(grads, state.opt_state)

@@ -13,7 +13,7 @@ from learnax.profiling.phases import Phases
 from learnax.step import Scalars
 from tests.helpers import MemoryRun, make_data, make_trainer, run_script
 
-STEP = ["loss", "rmse", "gradient norm", "update_time", "has_nan", "learning_rate"]
+STEP = ["loss", "rmse", "gradient norm", "update_time", "has_nan", "nan_data", "learning_rate"]
 
 
 def test_every_documented_metric_is_there_per_step_and_per_epoch():
