@@ -3,6 +3,8 @@
 import logging
 import re
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -97,8 +99,13 @@ def test_a_run_that_raises_is_told_of_once_and_loses_nothing(caplog):
     assert sum("train/loss" in row for row in run.rows) == 10
 
 
+def make_log(in_flight, steps):
+    return Log(None, in_flight, steps, Phases(), OneProcess(), batch_data=8, max_dropped=None)
+
+
 def scalars(names, rows):
-    return Scalars(names, jnp.array(rows, jnp.float32))
+    """A dispatch's scalars; none of its data has a loss of NaN."""
+    return Scalars((*names, "nan_data"), jnp.array([[*row, 0] for row in rows], jnp.float32))
 
 
 @pytest.mark.parametrize("in_flight", [0, 2])
@@ -106,7 +113,7 @@ def scalars(names, rows):
 def test_scalars_are_read_in_bulk_when_later_steps_are_under_way(in_flight, bulk, seconds, monkeypatch):
     monkeypatch.setattr("learnax.log._BULK", bulk)
     monkeypatch.setattr("learnax.log._BULK_S", seconds)
-    log = Log(None, in_flight, 8, Phases(), OneProcess())
+    log = make_log(in_flight, 8)
     with log.session(0):
         for step in range(8):
             log.wait_for_room()
@@ -120,7 +127,7 @@ def test_scalars_are_read_in_bulk_when_later_steps_are_under_way(in_flight, bulk
 
 
 def test_dispatches_with_other_metrics_are_not_mixed_up():
-    log = Log(None, 10, 4, Phases(), OneProcess())
+    log = make_log(10, 4)
     for step, name in enumerate(["a", "a", "b", "a"]):
         log.push(scalars(("loss", name, "has_nan"), [[step, 10 * step, 0]]), 1, 0)
     log.drain()
@@ -130,7 +137,7 @@ def test_dispatches_with_other_metrics_are_not_mixed_up():
 
 
 def test_steps_count_but_for_dropped_ones_however_they_are_dispatched():
-    log = Log(None, 2, 5, Phases(), OneProcess())
+    log = make_log(2, 5)
     log.push(scalars(("loss", "has_nan", "learning_rate"), [[1, 0, 1], [2, 1, 1], [3, 0, 1], [9, 9, 9]]), 3, 0)
     assert log.step_at_most == 3
     log.push(scalars(("loss", "has_nan", "learning_rate"), [[4, 0, 1], [5, 0, 1]]), 2, 0)
@@ -141,7 +148,7 @@ def test_steps_count_but_for_dropped_ones_however_they_are_dispatched():
 
 
 def test_the_newest_steps_metrics_can_be_added_to():
-    log = Log(None, 2, 2, Phases(), OneProcess())
+    log = make_log(2, 2)
     for step in range(2):
         log.push(scalars(("loss", "has_nan"), [[step, 0]]), 1, 0)
     with log.newest() as metrics:
@@ -153,13 +160,14 @@ def test_the_newest_steps_metrics_can_be_added_to():
 
 def test_means_are_of_all_data_however_they_are_cut():
     means = Means(1)
-    for sums, count, size in (([[6, 1]], 1, 3), ([[1, 1], [3, 0], [jnp.nan, jnp.nan]], 2, 2)):
-        means.push(scalars(("loss", "hits"), sums), count, size)
-    assert means.result() == {"loss": 2.0, "hits": 0.4}
+    for sums, count, size in (([[6, 1, 0]], 1, 3), ([[1, 1, 3], [3, 0, 1], [jnp.nan, jnp.nan, 9]], 2, 2)):
+        names = (("loss", 1), ("hits", 1), ("hits", 1 << 40))
+        means.push(Scalars(names, jnp.array(sums, jnp.float32)), count, size)
+    assert means.result() == {"loss": 2.0, "hits": (2 + 4 * 2**40) / 5}
 
 
 def test_many_dropped_updates_are_not_told_one_by_one(caplog):
-    log = Log(None, 0, 300, Phases(), OneProcess())
+    log = make_log(0, 300)
     for _ in range(250):
         log.push(scalars(("loss", "has_nan", "learning_rate", "grads/w"), [[1, 1, 0.1, jnp.nan]]), 1, 0)
     log.drain()
@@ -188,3 +196,22 @@ def test_the_bar_shows_the_epoch_loss_speed_and_share_of_waiting(tmp_path):
 
 def test_this_is_no_notebook():
     assert not in_notebook()
+
+
+class Heavy(nn.Module):
+    """A model whose steps keep the device busy for longer than the host takes to send them."""
+
+    @nn.compact
+    def __call__(self, x, y=None):
+        def body(_, z):
+            return jnp.sin(z) + 1e-3 * z
+
+        return nn.Dense(3)(jax.lax.scan(lambda z, _: (body(0, z), None), jnp.tile(x, 64), None, length=200)[0][:8])
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_execution": 1}, {"plot_every": 3, "plot_pipe": lambda *_: None}])
+def test_update_times_sum_to_all_of_the_time_that_the_devices_were_waited_for(options):
+    trainer = make_trainer(model=Heavy(), num_epochs=2, **options)
+    trainer.train()
+    waited, first = trainer.phases.drain.seconds, trainer.startup["first step"]
+    assert sum(trainer.metrics["train/update_time"]) >= 0.999 * (waited + first) > 0

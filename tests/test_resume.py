@@ -370,3 +370,79 @@ def test_another_model_is_an_error_that_says_what_differs(registry_path):
             "  params/Dense_1/kernel: float32[8, 16] in the checkpoint, float32[8, 4] in the model"
         )
     assert on_disk(registry_path).load_latest()["step"] == 4  # asking for what does not fit changes nothing
+
+
+def test_the_last_epoch_is_validated_whatever_val_every_says():
+    trainer = make_trainer(num_epochs=6, val_every=4, val_datasets={"val": make_data(21)})
+    trainer.train()
+    assert len(trainer.metrics["val/loss"]) == 3  # epochs 0, 4 and the last, 5
+    made = make_trainer(num_epochs=5, val_every=4, val_datasets={"val": make_data(21)})
+    made.train()
+    assert len(made.metrics["val/loss"]) == 2  # it was due in the last epoch
+
+
+@pytest.mark.parametrize("model", [MLP(), Noisy()], ids=["plain", "random"])
+def test_a_run_that_is_made_longer_is_the_run_that_it_would_have_been(model):
+    options = {"model": model, "val_every": 3, "val_datasets": {"val": make_data(21)}}
+    straight = make_trainer(num_epochs=5, **options)
+    straight.train()
+    make_trainer(num_epochs=2, registry="r", **options).train()  # its last epoch, 1, is validated beside the cadence
+    longer = make_trainer(num_epochs=5, registry="r", load_checkpoint=True, **options)
+    longer.train()
+    assert_trees_equal(straight.train_state, longer.train_state)
+    assert jax.random.key_data(straight.rng_seq).tolist() == jax.random.key_data(longer.rng_seq).tolist()
+    assert straight.metrics["train/loss"] == longer.metrics["train/loss"]
+    assert straight.metrics["val/loss"] == [longer.metrics["val/loss"][place] for place in (0, 2, 3)]
+
+
+def test_what_a_loop_over_epochs_has_trained_is_saved_after_each():
+    trainer = make_trainer(registry="r", num_epochs=3)
+    for epoch in range(2):
+        trainer.epoch(epoch)
+        assert trainer.checkpointer.load_latest()["step"] == 5 * (epoch + 1)
+    again = make_trainer(registry="r", num_epochs=3, load_checkpoint=True)
+    assert (again.log.step, again.position.epoch) == (10, 2)
+    again.train()
+    straight = make_trainer(num_epochs=3)
+    straight.train()
+    assert_trees_equal(again.train_state, straight.train_state)
+
+
+def test_a_run_that_is_complete_says_so_and_trains_nothing(caplog):
+    make_trainer(registry="r").train()
+    caplog.clear()
+    again = make_trainer(registry="r", load_checkpoint=True, learning_rate=0.5)
+    before = again.checkpointer.load_latest()["time"]
+    again.train()
+    assert again.log.step == 10
+    (line,) = caplog.messages
+    assert line.startswith("this run is complete: 2 of 2 epochs, 10 steps; train() makes no step.")
+    assert "num_epochs" in line
+    assert "run=" in line
+    assert again.checkpointer.load_latest()["time"] == before
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [
+        (lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=rate), "learning_rate is {} in the checkpoint"),
+        (
+            lambda rate: optax.chain(
+                optax.clip(1.0), optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=rate)
+            ),
+            "weight_decay at [1] is {} in the checkpoint",
+        ),
+        (lambda rate: optax.sgd(rate), None),
+        (lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=optax.constant_schedule(rate)), None),
+    ],
+    ids=["rate", "another one", "not kept", "scheduled"],
+)
+def test_hyperparameters_that_a_checkpoint_keeps_against_the_script_are_named(optimizer, told, caplog):
+    options = {"registry": "r", "learning_rate": 0.5}
+    make_trainer(optimizer=optimizer(0.25), **options).train()
+    make_trainer(optimizer=optimizer(0.25), load_checkpoint=True, **options)
+    assert not [line for line in caplog.messages if "hyperparameters" in line]
+    make_trainer(optimizer=optimizer(0.5), load_checkpoint=True, **options)
+    lines = [line for line in caplog.messages if "hyperparameters" in line]
+    assert len(lines) == bool(told)
+    assert not told or f"{told.format(0.25)} and 0.5 in the script" in lines[0]
