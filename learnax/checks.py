@@ -109,7 +109,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if given["steps_per_execution"] != "auto":
         _check_whole("steps_per_execution", given["steps_per_execution"], least=1, hint='; or "auto"')
     _check_whole("num_workers", given["num_workers"], least=0, hint="; 0 reads in this process")
-    _check_whole("seed", given["seed"])
+    _check_seed(given["seed"])
     _check_rate(given["learning_rate"])
     max_grad = given["max_grad"]
     if not isinstance(max_grad, (int, float)) or not max_grad > 0:
@@ -141,6 +141,14 @@ def _check_whole(name: str, value: Any, least: int | None = None, hint: str = ""
         raise TypeError(f"{name} must be a whole number, but is {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, but is {value}{hint}")
+
+
+def _check_seed(seed: Any) -> None:
+    _check_whole("seed", seed)
+    # A negative one, or one beyond, would be cut to its lowest bits: the run of another seed.
+    most = 2**63 if jax.config.jax_enable_x64 else 2**32  # type: ignore[attr-defined]
+    if not 0 <= seed < most:
+        raise ValueError(f"seed must be from 0 to {most - 1}, so that each seed is a run of its own, but is {seed}")
 
 
 def _check_rate(rate: Any) -> None:
@@ -190,13 +198,20 @@ def check_split(batch_size: int, devices: int) -> None:
         )
 
 
-def named_splits(val_datasets: Any) -> dict[str, Any]:
-    """Validation sets by name: a mapping as it is, a list as `val`, `val_1`, and so on.
+def named_splits(val_datasets: Any, val_dataset: Any = None) -> dict[str, Any]:
+    """Validation sets by name: a mapping as it is, a list as `val`, `val_1`, and so on; one alone as `val`.
 
     Raises:
         TypeError: neither a mapping nor a list or tuple.
-        ValueError: a set named `train`.
+        ValueError: a set named `train`; several, and one alone.
     """
+    if val_dataset is not None:
+        if val_datasets is not None:
+            raise ValueError(
+                "val_dataset and val_datasets are both given; val_datasets={'val': ...} takes all validation sets"
+            )
+        _logger.warning("val_dataset is taken as the validation set 'val'; its name is now val_datasets={'val': ...}")
+        return {"val": val_dataset}
     if val_datasets is None:
         return {}
     if isinstance(val_datasets, (list, tuple)):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from learnax.loss import Losses, call_loss
+from learnax.loss import Losses, call_loss, loss_key
 from learnax.packing import Packing
 from learnax.state import LearningRate, PyTree, TrainState, last_rate, next_rate
 
@@ -92,7 +92,7 @@ def datum_loss(
     model: Any, losses: Losses, params: PyTree, key: jax.Array, datum: list[Any], step: Any
 ) -> tuple[Any, jax.Array, dict[str, Any]]:
     """Output, loss and metrics of one datum; a loss or metric that is no scalar is a TypeError."""
-    result = call_loss(losses, apply_model(model, params, key, datum), datum, step)
+    result = call_loss(losses, apply_model(model, params, key, datum), datum, step, loss_key(losses, key))
     if not isinstance(result, tuple) or len(result) != 3:
         raise TypeError(f"losses must return (output, loss, metrics), but returned {type(result).__name__}")
     output, loss, metrics = result
