@@ -23,7 +23,7 @@ def test_a_pipe_merges_and_the_later_metric_wins():
 
 
 def test_a_metric_that_implements_nothing_says_what_to_implement():
-    with pytest.raises(NotImplementedError, match=r"Metric must implement __call__\(output, batch\)"):
+    with pytest.raises(NotImplementedError, match=r"Metric must implement _call\(output, batch\) or override __call__"):
         Metric()(0, [])
 
 
