@@ -35,9 +35,7 @@ def expanded(path: str | os.PathLike[str], what: str = "the path") -> Path:
         raise ValueError(f"{what} is {given!r}, but the variable {unset[1] or unset[2]} is not set")
     home = os.path.expanduser(text)
     if home.startswith("~"):
-        raise ValueError(
-            f"{what} is {given!r}, but there is no user {text.split(os.sep)[0][1:]!r}; write ./~ for a file"
-        )
+        raise ValueError(f"{what} is {given!r}, but there is no such user; a folder of that name is './{home}'")
     return Path(home).absolute()
 
 

@@ -596,7 +596,7 @@ class Trainer:
         """
         if train_state is not None:
             self.train_state = train_state
-            self.log.step, self.position = int(self.train_state.step), Position(marks=self.log.lengths())
+            self.log.step, self.position = int(as_train_state(train_state).step), Position(marks=self.log.lengths())
         if self._state is not None:
             return
         if not self._load():
