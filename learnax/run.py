@@ -136,9 +136,9 @@ class Run:
         # A trainer on a plain wandb run leaves checkpoints and no config; wandb's own folder has neither.
         folders = {entry.parent for kept in ("config.yml", "checkpoints") for entry in path.glob(f"*/{kept}")}
         there = {folder.name: folder for folder in folders}
-        if id not in there:
+        if str(id) not in there:
             raise FileNotFoundError(f"no run {id!r} in {path}; there are: {', '.join(sorted(there)) or 'none'}")
-        return there[id]
+        return there[str(id)]
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Logs a row to wandb; a run without a session keeps nothing.

@@ -47,7 +47,8 @@ class ByStep:
 
     def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
         """Logs a row; `step` becomes its column `step`."""
-        self._session.log(with_step(data, step), commit=commit)
+        options = {} if commit is None else {"commit": commit}
+        self._session.log(with_step(data, step), **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)

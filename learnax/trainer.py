@@ -61,8 +61,9 @@ class Trainer:
     Args:
         model: a flax linen module, applied to one datum at a time.
         learning_rate: Adam's rate, a number or an optax schedule `update count -> rate`.
-        losses: `(output, datum, step) -> (output, loss, metrics)` for one datum, a `LossPipe` for one.
-        seed: of the whole run; the same seed gives the same run.
+        losses: `(output, datum, step) -> (output, loss, metrics)` for one datum, a `LossPipe` for one. A loss whose
+            first parameter is named `key`, `rng`, `rng_key` or `rngs` gets a random key of the datum's there.
+        seed: of the whole run, a whole number from 0 below 2**32; the same seed gives the same run.
         train_dataset: a list of data, or anything with `__len__` and `__getitem__`. A datum that is a list
             is splatted into the model's arguments, anything else is one argument.
         num_epochs: passes over the training data.

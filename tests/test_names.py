@@ -157,3 +157,5 @@ def test_a_project_may_be_a_folder_in_a_folder_and_a_number_is_its_digits(regist
     assert Registry("group/project").path == registry_path / "group" / "project"
     assert Registry(2024).checkpoints(np.int64(7)) == registry_path / "2024" / "7" / "checkpoints"
     assert Run(7, "folder").id == "7"
+    Registry(2024).checkpoints(7).mkdir(parents=True)
+    assert Registry(2024).fetch_run(7).id == "7"
