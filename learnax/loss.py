@@ -1,8 +1,9 @@
 """What a run minimises: losses of one datum, and pipes of them.
 
 A loss is `(output, datum[, step]) -> (output, loss, metrics)`. One whose first parameter is named `key`, `rng`,
-`rng_key` or `rngs` is given a random key before these: `(key, output, datum[, step])`. It is derived from the datum's
-own, `fold_in(key, 0x105)`, which the model has drawn from; in a `LossPipe`, `fold_in` by a loss's place comes on top.
+`rng_key` or `rngs` is given a random key before these: `(key, output, datum[, step])`; one with a keyword-only
+parameter `rng_key` is given it there. It is derived from the datum's own, which the model has drawn from:
+`fold_in(key, 0x105)`; in a `LossPipe`, `fold_in` by a loss's place comes on top.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def takes_key(losses: Losses) -> bool:
         return any(takes_key(loss) for loss in losses.loss_list)
     if isinstance(losses, LossFunction) and type(losses).__call__ is LossFunction.__call__:
         return _begins_with_key(losses._call)
-    return _begins_with_key(losses)
+    return _begins_with_key(losses) or _has_keyword(losses)
 
 
 def loss_key(losses: Losses, key: Any) -> Any:
@@ -145,7 +146,7 @@ def call_loss(
     kinds = {p.kind for p in parameters.values()}
     if "step" in parameters or inspect.Parameter.VAR_KEYWORD in kinds:
         return losses(*args, step=step, **options)
-    required = [p for p in parameters.values() if p.default is p.empty]
+    required = [p for p in parameters.values() if p.default is p.empty and p.name not in options]
     if len(required) > len(args) or inspect.Parameter.VAR_POSITIONAL in kinds:
         return losses(*args, step, **options)
     return losses(*args, **options)
@@ -157,6 +158,16 @@ def _begins_with_key(function: Callable[..., Any]) -> bool:
     names = [p.name for p in parameters if p.kind in _POSITIONAL]
     room = len(names) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
     return bool(names) and names[0] in _KEY_NAMES and room
+
+
+def _has_keyword(function: Callable[..., Any]) -> bool:
+    """Whether it takes a key by keyword, as a pipe does; one that was bound to it is meant to stay."""
+    parameter = inspect.signature(function).parameters.get("rng_key")
+    return (
+        parameter is not None
+        and parameter.kind is parameter.KEYWORD_ONLY
+        and parameter.default in (None, parameter.empty)
+    )
 
 
 def _there(key: Any, losses: Losses) -> Any:

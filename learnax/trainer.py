@@ -605,18 +605,6 @@ class Trainer:
 
     init = maybe_init
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuses `copy.copy`, `copy.deepcopy` and pickle.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(
-            "a Trainer cannot be copied or pickled: it holds compiled programs, threads and files. Keep what it has "
-            "trained, jax.device_get(trainer.train_state) or a checkpoint (registry=), and give that to a Trainer that "
-            "is built anew: trainer.init(train_state), or load_checkpoint="
-        )
-
     def init_train_state(self) -> TrainState:
         """A fresh state: the same for the same seed."""
 
@@ -688,6 +676,12 @@ class Trainer:
             "single_datum": bool(self.single_datum),
             "seed": int(self.seed),
         }
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a trainer cannot be copied or pickled: it holds compiled programs, devices and files. Build another one "
+            "with the same arguments; jax.device_get(trainer.train_state) and trainer.metrics are plain data"
+        )
 
     # ---- the step, by hand
 

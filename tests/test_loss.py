@@ -135,6 +135,8 @@ KEYED = {
     "__call__": DrawnItself(),
     "any object": DrawnByAnybody(),
     "method": DrawnItself().__call__,
+    "keyword": lambda output, datum, *, rng_key: drawn(rng_key, output, datum),
+    "keyword and step": lambda output, datum, step, *, rng_key=None: drawn(rng_key, output, datum),
 }
 
 
@@ -158,7 +160,11 @@ def test_a_loss_with_another_use_for_the_name_gets_no_key():
     def picked(output, datum, key="label"):
         return output, {"label": 1.0, "weight": 2.0}[key], {}
 
-    for loss, expected in ((scored, 1), (picked, 1), (functools.partial(picked, key="weight"), 2)):
+    def bound(output, datum, *, rng_key):
+        return output, rng_key, {}
+
+    own = functools.partial(bound, rng_key=3)
+    for loss, expected in ((scored, 1), (picked, 1), (functools.partial(picked, key="weight"), 2), (own, 3)):
         assert not takes_key(loss)
         assert LossPipe([loss])(0, [], 5)[1] == expected
 
@@ -170,7 +176,8 @@ def test_a_loss_that_is_called_without_its_key_says_how_to_give_it():
         assert str(error.value) == f"{name} takes a random key, but was called without: give it as rng_key="
     pipe = LossPipe([Drawn(weight=2)])
     wrapped = lambda key, output, datum, step: pipe(output, datum, step, rng_key=key)  # noqa: E731
-    assert call_loss(wrapped, 0, [], 0, jax.random.key(0))[1] == pipe(0, [], rng_key=jax.random.key(0))[1]
+    for caller in (wrapped, pipe, functools.partial(pipe)):
+        assert call_loss(caller, 0, [], 0, jax.random.key(0))[1] == pipe(0, [], rng_key=jax.random.key(0))[1]
     with pytest.raises(TypeError, match="LossPipe takes a random key, but was called without: give it as rng_key="):
         make_trainer(losses=lambda output, datum: pipe(output, datum))
 
