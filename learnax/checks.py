@@ -198,20 +198,13 @@ def check_split(batch_size: int, devices: int) -> None:
         )
 
 
-def named_splits(val_datasets: Any, val_dataset: Any = None) -> dict[str, Any]:
-    """Validation sets by name: a mapping as it is, a list as `val`, `val_1`, and so on; one alone as `val`.
+def named_splits(val_datasets: Any) -> dict[str, Any]:
+    """Validation sets by name: a mapping as it is, a list as `val`, `val_1`, and so on.
 
     Raises:
         TypeError: neither a mapping nor a list or tuple.
-        ValueError: a set named `train`; several, and one alone.
+        ValueError: a set named `train`.
     """
-    if val_dataset is not None:
-        if val_datasets is not None:
-            raise ValueError(
-                "val_dataset and val_datasets are both given; val_datasets={'val': ...} takes all validation sets"
-            )
-        _logger.warning("val_dataset is taken as the validation set 'val'; its name is now val_datasets={'val': ...}")
-        return {"val": val_dataset}
     if val_datasets is None:
         return {}
     if isinstance(val_datasets, (list, tuple)):

@@ -174,6 +174,7 @@ class Trainer:
         marks = marks_for(profiled)
         self.phases = Phases(clock.take_import_seconds(), marks)
         checks.check_arguments(given)
+        val_datasets = _one_or_more(val_datasets, val_dataset)
         self.model = self.transform = model
         self.optimizer = adam(learning_rate) if optimizer is None else optimizer
         self._own_optimizer = optimizer is None
@@ -206,7 +207,7 @@ class Trainer:
         self.device_count = len(devices)
         checks.check_split(batch_size, self.device_count)
         self.engine = Engine(devices, self.phases)
-        splits = {"train": train_dataset} | ({} if self.train_only else checks.named_splits(val_datasets, val_dataset))
+        splits = {"train": train_dataset} | ({} if self.train_only else checks.named_splits(val_datasets))
         for name, dataset in splits.items():
             check_dataset(name, dataset, batch_size, accumulate_steps, tail=name != "train")
         self._data = {name: first_datum(name, dataset) for name, dataset in splits.items()}
@@ -809,6 +810,18 @@ def _checkpointer(
     # Each process may have a run of its own, with an id of its own.
     path = processes.from_first(str(registry.checkpoints(Trainer.name if run is None else run.id)))
     return Checkpointer(path, processes=processes, **policy)
+
+
+def _one_or_more(val_datasets: Any, val_dataset: Any) -> Any:
+    """The validation sets, where one alone may be given by the name that once was its."""
+    if val_dataset is None:
+        return val_datasets
+    if val_datasets is not None:
+        raise ValueError(
+            "val_dataset and val_datasets are both given; val_datasets={'val': ...} takes all validation sets"
+        )
+    _logger.warning("val_dataset is taken as the validation set 'val'; its name is now val_datasets={'val': ...}")
+    return {"val": val_dataset}
 
 
 def _sample_params(given: Any) -> Mapping[str, Any] | None:
