@@ -43,7 +43,7 @@ def folder_name(name: Any, what: str, *, nested: bool = False) -> str:
     """A name that becomes a folder's, as text.
 
     Args:
-        name: what was given; a whole number is taken as its digits.
+        name: what was given; a whole number is taken as its digits, a `Path` as its text.
         what: the name of the thing in an error.
         nested: whether `/` may part it into folders within folders.
 
@@ -53,6 +53,8 @@ def folder_name(name: Any, what: str, *, nested: bool = False) -> str:
     """
     if hasattr(name, "__index__") and not isinstance(name, bool):
         name = str(int(name))
+    elif isinstance(name, os.PathLike):
+        name = os.fspath(name)
     if not isinstance(name, str):
         raise TypeError(f"{what} must be text, but is {name!r}")
     for part in name.split("/") if nested else [name]:

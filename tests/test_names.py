@@ -154,6 +154,7 @@ def test_odd_names_are_taken_as_they_are(name, registry_path):
 
 
 def test_a_project_may_be_a_folder_in_a_folder_and_a_number_is_its_digits(registry_path):
+    assert Registry(Path("group/project")).path == registry_path / "group" / "project"
     assert Registry("group/project").path == registry_path / "group" / "project"
     assert Registry(2024).checkpoints(np.int64(7)) == registry_path / "2024" / "7" / "checkpoints"
     assert Run(7, "folder").id == "7"
