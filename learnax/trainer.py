@@ -174,7 +174,6 @@ class Trainer:
         marks = marks_for(profiled)
         self.phases = Phases(clock.take_import_seconds(), marks)
         checks.check_arguments(given)
-        val_datasets = _one_or_more(val_datasets, val_dataset)
         self.model = self.transform = model
         self.optimizer = adam(learning_rate) if optimizer is None else optimizer
         self._own_optimizer = optimizer is None
@@ -197,6 +196,7 @@ class Trainer:
         self.plot_pipe = plot_pipe
         self.plot_every = plot_every
         self.plot_model = plot_model
+        val_datasets = _one_or_more(val_datasets, val_dataset)
         self.val_every = val_every
         self.sample_every = sample_every
         self.best_metric_name = best_metric_name
