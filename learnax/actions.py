@@ -17,6 +17,7 @@ import numpy as np
 from learnax.checkpoint import Checkpointer
 from learnax.data import signature_of
 from learnax.engine import SAME, Engine, Kind, Wanted
+from learnax.session import by_step
 from learnax.state import PyTree, TrainState
 from learnax.utils import tree_unstack
 
@@ -89,7 +90,7 @@ class Plotter(Every):
         super().__init__(every)
         self._plot_pipe = plot_pipe
         self._plot_model = plot_model
-        self._run = run
+        self._run = by_step(run)
         self._unwrap = unwrap
 
     def __call__(self, moment: Moment) -> Mapping[str, float]:
@@ -135,7 +136,7 @@ class Sampler(Every):
         self._plot = sample_plot
         self._metrics = sample_metrics
         self._size = size
-        self._run = run
+        self._run = by_step(run)
         self._engine = engine
         self._unwrap = unwrap
 

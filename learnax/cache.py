@@ -7,14 +7,19 @@ import os
 import platform
 import stat
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from learnax.names import expanded
+
 _logger = logging.getLogger("learnax")
 VARIABLE = "LEARNAX_COMPILATION_CACHE"
 OFF = ("", "0", "off", "false", "no")
+_CHECKED = "checked"
+"""An empty file in the folder: entries that are older were looked at."""
 _ours: str | None = None
 """The folder that was turned on here, and not by the user."""
 
@@ -48,7 +53,8 @@ def use_cache(asked: str | os.PathLike[str] | bool | None) -> Path | None:
         return None
     if given is None and theirs:
         return Path(theirs)
-    folder = _default() if given is None else Path(given)
+    named = VARIABLE if asked is None or isinstance(asked, bool) else "compilation_cache"
+    folder = _default() if given is None else expanded(given, named)
     try:
         _make_private(folder)
     except OSError as error:
@@ -56,6 +62,8 @@ def use_cache(asked: str | os.PathLike[str] | bool | None) -> Path | None:
             raise
         _logger.info("no compilation cache: %s", error)
         return None
+    if _ours != str(folder):
+        _remove_damaged(folder)
     if (theirs or _ours) not in (None, str(folder)):
         reset_cache()  # JAX opens its cache once, and would go on with that of the folder before
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -64,6 +72,47 @@ def use_cache(asked: str | os.PathLike[str] | bool | None) -> Path | None:
     # programs, and those of a small model are as welcome.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Removes entries that are cut short or changed, so that they are written anew.
+
+    JAX writes an entry in place, so one that is stopped leaves a part; it warns of that at every start, compiles again,
+    and never overwrites it. Each entry is looked at once after it was written: a start costs no more for a large cache.
+    One that another process is writing just now may be taken from it: it is then compiled once more.
+    """
+    mark, now = folder / _CHECKED, folder / f"{_CHECKED}-{os.getpid()}"
+    try:
+        from jax._src.compilation_cache import decompress_executable  # it is to say what it can read
+
+        now.touch()  # by the clock of the storage
+        since = mark.stat().st_mtime_ns if mark.exists() else 0
+        damaged = [path for path in folder.glob("*-cache") if not _is_whole(path, since, decompress_executable)]
+        for path in damaged:
+            path.unlink(missing_ok=True)
+        now.replace(mark)
+    except (OSError, ImportError) as error:  # a cache is worth no stop
+        _logger.info("the compilation cache %s was not looked through: %s", folder, error)
+        return
+    if damaged:
+        names = ", ".join(sorted(path.name.split("-")[0] for path in damaged))
+        _logger.info("damaged entries of the compilation cache were removed, and will be written anew: %s", names)
+
+
+def _is_whole(path: Path, since: int, decompress: Callable[[bytes], bytes]) -> bool:
+    """Whether an entry can be decompressed, which its checksum is part of; or was not touched since it could be."""
+    try:
+        # The time of a change, not the date of the content: a copy may keep that.
+        if path.stat().st_ctime_ns < since:
+            return True
+        decompress(path.read_bytes())
+    except FileNotFoundError:  # another process removes what is damaged, too
+        return True
+    except OSError:
+        raise
+    except Exception:  # of each compressor its own
+        return False
+    return True
 
 
 def _default() -> Path:

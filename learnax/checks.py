@@ -110,7 +110,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if given["steps_per_execution"] != "auto":
         _check_whole("steps_per_execution", given["steps_per_execution"], least=1, hint='; or "auto"')
     _check_whole("num_workers", given["num_workers"], least=0, hint="; 0 reads in this process")
-    _check_whole("seed", given["seed"])
+    _check_seed(given["seed"])
     _check_rate(given["learning_rate"])
     max_grad = given["max_grad"]
     if not isinstance(max_grad, (int, float)) or not max_grad > 0:
@@ -142,6 +142,14 @@ def _check_whole(name: str, value: Any, least: int | None = None, hint: str = ""
         raise TypeError(f"{name} must be a whole number, but is {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, but is {value}{hint}")
+
+
+def _check_seed(seed: Any) -> None:
+    _check_whole("seed", seed)
+    # A negative one, or one beyond, would be cut to its lowest bits: the run of another seed.
+    most = 2**63 if jax.config.jax_enable_x64 else 2**32  # type: ignore[attr-defined]
+    if not 0 <= seed < most:
+        raise ValueError(f"seed must be from 0 to {most - 1}, so that each seed is a run of its own, but is {seed}")
 
 
 def _check_rate(rate: Any) -> None:

@@ -7,26 +7,45 @@ from typing import Any
 
 
 class Metric:
-    """A measurement of one datum's output: implement `__call__(output, batch)`."""
+    """A measurement of one datum's output: implement `_call`, or override `__call__` itself.
 
-    def __call__(self, output: Any, batch: Any) -> Mapping[str, Any]:
+    Both are given what the metric is called with, `(output, batch)` in a loss, `(sample, datum)` as `sample_metrics`.
+
+    Args:
+        transform: applied to the first of these before `_call` sees it; None leaves it. A class that overrides
+            `__call__` has it as `self.transform`.
+    """
+
+    # A class attribute, so that a subclass need not call `super().__init__`.
+    transform: Callable[[Any], Any] | None = None
+
+    def __init__(self, transform: Callable[[Any], Any] | None = None):
+        self.transform = transform
+
+    def _call(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
         """A dict of scalars by name."""
-        raise NotImplementedError(f"{type(self).__name__} must implement __call__(output, batch)")
+        raise NotImplementedError(f"{type(self).__name__} must implement _call(output, batch) or override __call__")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """What `_call` measures, behind the transform."""
+        if self.transform is not None and args:
+            args = (self.transform(args[0]), *args[1:])
+        return self._call(*args, **kwargs)
 
 
 class MetricPipe:
     """Several metrics of one output, as one.
 
     Args:
-        metric_list: callables `(output, batch) -> dict of scalars`.
+        metrics_list: callables that return a dict of scalars; each is given what the pipe is called with.
     """
 
-    def __init__(self, metric_list: Sequence[Callable[[Any, Any], Mapping[str, Any]]]):
-        self.metric_list = list(metric_list)
+    def __init__(self, metrics_list: Sequence[Callable[..., Mapping[str, Any]]]):
+        self.metrics_list = list(metrics_list)
 
-    def __call__(self, output: Any, batch: Any) -> dict[str, Any]:
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All metrics in one dict; of two of one name the later one's stays."""
         merged: dict[str, Any] = {}
-        for metric in self.metric_list:
-            merged.update(metric(output, batch))
+        for metric in self.metrics_list:
+            merged.update(metric(*args, **kwargs))
         return merged

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from learnax.names import expanded, folder_name
 from learnax.run import Run
 
 PATH_VARIABLE = "TRAINAX_REGISTRY_PATH"
@@ -15,23 +16,24 @@ class Registry:
     """The runs of one project.
 
     Args:
-        project: the project's name, in wandb too.
-        base_path: the folder of all projects; by default what `TRAINAX_REGISTRY_PATH` says.
+        project: the project's name, in wandb too, and its folder's.
+        base_path: the folder of all projects; by default what `TRAINAX_REGISTRY_PATH` says. `~` and variables are
+            put in, and a relative path is one of the folder that the process is in now.
         entity: the wandb entity; None takes wandb's own default.
 
     Raises:
-        ValueError: neither `base_path` nor the variable is set.
+        ValueError: neither `base_path` nor the variable is set, or a name that cannot be a folder's.
     """
 
     def __init__(self, project: str, base_path: str | os.PathLike[str] | None = None, entity: str | None = None):
+        self.project = folder_name(project, "a registry's project", nested=True)
         base = os.environ.get(PATH_VARIABLE) if base_path is None else base_path
         if not base:
             raise ValueError(
                 f"registry {project!r}: no folder to keep runs in; set the environment variable {PATH_VARIABLE}, "
                 "or give Registry a base_path"
             )
-        self.project = project
-        self.base_path = Path(base)
+        self.base_path = expanded(base, PATH_VARIABLE if base_path is None else "base_path")
         self.entity = entity
 
     @property
@@ -58,5 +60,9 @@ class Registry:
         return self.restore_run(id, read_only=True)
 
     def checkpoints(self, run_id: str) -> Path:
-        """Where the checkpoints of a run are."""
-        return self.path / run_id / "checkpoints"
+        """Where the checkpoints of a run are.
+
+        Raises:
+            ValueError: an id that cannot be a folder's name.
+        """
+        return self.path / folder_name(run_id, "a run's id") / "checkpoints"

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from learnax.session import plot_over_steps
+
 _logger = logging.getLogger("learnax")
 BEHIND = 10_000
 """Rows that may wait for the run; at half of them a line says so, beyond them the loop waits."""
@@ -37,7 +39,8 @@ class NoRun:
 class Sender:
     """Hands rows to `run.log`, in order, each once.
 
-    A run that raises is told of at once, and how often it did at the end; it never ends the training.
+    A run that raises is told of at once, and how often it did at the end; it never ends the training. One that hangs
+    is given up once: no row is sent, and nothing is waited for, until the call that hangs has returned.
 
     Args:
         run: anything with `log(dict)`.
@@ -49,7 +52,8 @@ class Sender:
         self._behind = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._ends = self._told = False
+        self._hung: threading.Thread | None = None
+        self._told = False
         self._stop: BaseException | None = None
         self._beats = 0
         self._sent = self._failed = 0
@@ -60,8 +64,9 @@ class Sender:
         Raises:
             BaseException: a stop (KeyboardInterrupt, SystemExit) that `run.log` has raised since.
         """
+        if self._hangs():
+            return
         if self._thread is None:
-            self._ends = False
             self._thread = threading.Thread(target=self._work, name="learnax-sender", daemon=True)
             self._thread.start()
         with self._changed:
@@ -85,7 +90,7 @@ class Sender:
     def summarise(self, values: Mapping[str, float]) -> None:
         """Writes values to the run's summary (`run.summary.update`), where it has one."""
         update = getattr(getattr(self._run, "summary", None), "update", None)
-        if not callable(update):
+        if not callable(update) or self._hangs():
             return
         try:
             update(dict(values))
@@ -100,11 +105,10 @@ class Sender:
     def close(self) -> None:
         """`flush`, and ends the thread; says what was not taken."""
         self._wait(0)
-        thread, self._thread = self._thread, None
         with self._changed:
-            self._ends = True
+            thread, self._thread = self._thread, None
             self._changed.notify_all()
-        if thread is not None and not self._behind:
+        if thread is not None:
             thread.join()
         if self._failed:
             _logger.warning("run.log raised for %d of %d rows", self._failed, self._sent)
@@ -117,23 +121,30 @@ class Sender:
                 beats = self._beats
                 if not self._changed.wait_for(lambda: self._beats != beats, PATIENCE_S):  # noqa: B023
                     _logger.warning(
-                        "run.log has not returned for %g s: %d rows are given up; trainer.metrics has them",
+                        "run.log has not returned for %g s: %d rows are given up, and all that follow until it has; "
+                        "trainer.metrics has them",
                         PATIENCE_S,
                         self._behind,
                     )
+                    self._hung = self._thread
                     self._give_up()
 
     def _give_up(self) -> None:
         self._waiting.clear()
         self._behind = 0
-        self._thread = None  # it may hang for ever; a later row starts another one
+        self._thread = None  # it ends when its call has returned; a later row starts another one
+        self._changed.notify_all()
+
+    def _hangs(self) -> bool:
+        """Whether the call that was given up has not returned yet."""
+        return self._hung is not None and self._hung.is_alive()
 
     def _work(self) -> None:
         me = threading.current_thread()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._ends)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._waiting or self._thread is not me)
+                if self._thread is not me:
                     return
                 rows = self._waiting.popleft()
             for row in rows:
@@ -165,4 +176,5 @@ class Sender:
 
 def sender(run: Any) -> Sender | NoRun:
     """A sender for a run, or for None."""
+    plot_over_steps(run)
     return NoRun() if run is None else Sender(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,11 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     step: int | jax.Array | np.integer = 0
+
+
+def as_train_state(given: Any) -> TrainState:
+    """A state from its fields in their order, or from what a checkpoint holds, a mapping with `state`."""
+    return TrainState(*(given["state"] if isinstance(given, Mapping) else given))
 
 
 @dataclasses.dataclass

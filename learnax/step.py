@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from learnax.loss import Losses, call_loss
+from learnax.loss import Losses, call_loss, loss_key
 from learnax.packing import Packing
 from learnax.state import LearningRate, PyTree, TrainState, last_rate, next_rate
 from learnax.streams import asked_streams, lifted_streams, rngs_of
@@ -115,7 +115,8 @@ def datum_loss(
     streams: tuple[str, ...] = (),
 ) -> tuple[Any, jax.Array, dict[str, Any]]:
     """Output, loss and metrics of one datum; a loss or metric that is no scalar is a TypeError."""
-    result = call_loss(losses, apply_model(model, params, key, datum, streams), datum, step)
+    output = apply_model(model, params, key, datum, streams)
+    result = call_loss(losses, output, datum, step, loss_key(losses, key))
     if not isinstance(result, tuple) or len(result) != 3:
         raise TypeError(f"losses must return (output, loss, metrics), but returned {type(result).__name__}")
     output, loss, metrics = result

@@ -44,20 +44,25 @@ class Stops:
         self._max_seconds = max_seconds
         self._until: float | None = None
         self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._owner = os.getpid()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Keeps signals inside, and leaves as they ask; time counts from here.
 
         Only the main thread can take signals over; in another one, they act as ever. A handler of the user's own
-        is called at the end; a signal that is ignored stays so.
+        is called at the end; a signal that is ignored stays so. A process that is forked inside has the handlers,
+        but for it they do what was done before.
         """
         self._signal, self.at_once, self.agreed = None, False, False
         self._until = None if self._max_seconds is None else time.monotonic() + self._max_seconds
         handlers: dict[int, Any] = {}
+        self._owner = os.getpid()
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.getsignal(number) for number in self._numbers}
             handlers = {number: old for number, old in handlers.items() if old not in (None, signal.SIG_IGN)}
+        self._handlers = handlers
         for number in handlers:
             signal.signal(number, self._keep)
         try:
@@ -102,6 +107,11 @@ class Stops:
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         # Nothing is logged here: a handler runs in the midst of anything, a write to the terminal for one.
+        if os.getpid() != self._owner:  # forked by a plot, say: its signals are nothing of the run's
+            before = self._handlers[number]
+            signal.signal(number, before)
+            signal.raise_signal(number)
+            return
         if self._signal is None:
             self._signal = number
             return

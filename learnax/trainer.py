@@ -27,6 +27,7 @@ from learnax.log import Log, Means
 from learnax.log import NoProgressError as NoProgressError
 from learnax.log import in_notebook as in_notebook
 from learnax.loss import LossPipe
+from learnax.names import expanded
 from learnax.plan import RESIDENT_BYTES, plan
 from learnax.preflight import Flight, Preflight
 from learnax.processes import Processes, processes_of
@@ -40,7 +41,17 @@ from learnax.profiling.watchdog import Watchdog
 from learnax.programs import Programs
 from learnax.registry import Registry
 from learnax.sharding import Gather, divided
-from learnax.state import LearningRate, Position, PyTree, adam, fresh_state, hyperparams, key_pair, with_rate
+from learnax.state import (
+    LearningRate,
+    Position,
+    PyTree,
+    adam,
+    as_train_state,
+    fresh_state,
+    hyperparams,
+    key_pair,
+    with_rate,
+)
 from learnax.state import TrainState as TrainState
 from learnax.step import AXIS, Recipe, with_axis
 from learnax.stops import Stops, TimeUpError
@@ -63,8 +74,9 @@ class Trainer:
     Args:
         model: a flax linen module, applied to one datum at a time.
         learning_rate: Adam's rate, a number or an optax schedule `update count -> rate`.
-        losses: `(output, datum, step) -> (output, loss, metrics)` for one datum, a `LossPipe` for one.
-        seed: of the whole run; the same seed gives the same run.
+        losses: `(output, datum, step) -> (output, loss, metrics)` for one datum, a `LossPipe` for one. A loss whose
+            first parameter is named `key`, `rng`, `rng_key` or `rngs` gets a random key of the datum's there.
+        seed: of the whole run, a whole number from 0 below 2**32; the same seed gives the same run.
         train_dataset: a list of data, or anything with `__len__` and `__getitem__`. A datum that is a list
             is splatted into the model's arguments, anything else is one argument.
         num_epochs: passes over the training data.
@@ -112,6 +124,7 @@ class Trainer:
         devices: devices that a batch is split over, by default all there are, those of other processes included.
         shard_state: whether parameters and optimiser state are divided over the devices, and gathered where a step
             needs them: memory per device falls as the devices grow in number.
+        val_dataset: one validation set, named `val`: how `val_datasets` was once given.
         profile: steps that a profiler is to look at, `"cuda:100-110"`, `"trace:epoch 2"`, ...; see
             `learnax.profiling.windows.parse`. By default what `LEARNAX_PROFILE` says, or none.
 
@@ -170,6 +183,7 @@ class Trainer:
         devices: Sequence[jax.Device] | None = None,
         shard_state: bool = False,
         profile: str | None = None,
+        val_dataset: Any = None,
     ):
         given = dict(locals())
         profiled = checks.check_profile(profile)
@@ -198,6 +212,7 @@ class Trainer:
         self.plot_pipe = plot_pipe
         self.plot_every = plot_every
         self.plot_model = plot_model
+        val_datasets = _one_or_more(val_datasets, val_dataset)
         self.val_every = val_every
         self.sample_every = sample_every
         self.best_metric_name = best_metric_name
@@ -608,15 +623,25 @@ class Trainer:
 
     @train_state.setter
     def train_state(self, state: TrainState) -> None:
-        self._state = self.engine.own(TrainState(*state)._replace(step=np.int32(state.step)), self.engine.layout)
+        state = as_train_state(state)
+        self._state = self.engine.own(state._replace(step=np.int32(state.step)), self.engine.layout)
         self._places = self.engine.places(self._state)
 
-    def maybe_init(self) -> None:
-        """Makes the state where there is none: from the checkpoint asked for, or fresh."""
+    def maybe_init(self, train_state: TrainState | None = None) -> None:
+        """Makes the state where there is none: from the checkpoint asked for, or fresh.
+
+        Args:
+            train_state: taken in place of the one there is, with its step; the run begins its epochs from the first.
+        """
+        if train_state is not None:
+            self.train_state = train_state
+            self.log.step, self.position = int(as_train_state(train_state).step), Position(marks=self.log.lengths())
         if self._state is not None:
             return
         if not self._load():
             self.train_state = self.init_train_state()
+
+    init = maybe_init
 
     def init_train_state(self) -> TrainState:
         """A fresh state: the same for the same seed."""
@@ -710,36 +735,50 @@ class Trainer:
             "seed": int(self.seed),
         }
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a trainer cannot be copied or pickled: it holds compiled programs, devices and files. Build another one "
+            "with the same arguments; jax.device_get(trainer.train_state) and trainer.metrics are plain data"
+        )
+
     # ---- the step, by hand
 
-    def loss(self, params: PyTree, keys: jax.Array, batch: PyTree) -> tuple[jax.Array, tuple[Any, Any, Any]]:
-        """The loss of some data, at the current step.
+    def loss(
+        self, params: PyTree, keys: jax.Array, batch: PyTree, step: Any = None
+    ) -> tuple[jax.Array, tuple[Any, Any, Any]]:
+        """The loss of some data.
 
         Args:
             params: parameters.
             keys: one random key per datum, `(n,)`.
             batch: stacked data, leaves `(n, ...)`.
+            step: what schedules in losses see; by default the current step.
 
         Returns:
             `(loss, (outputs, loss, metrics))`: means over the data, outputs of each.
         """
-        return self.programs.loss(params, keys, self._as_arguments(batch), self.train_state.step)
+        return self.programs.loss(params, keys, self._as_arguments(batch), self._step(step))
 
-    def grad(self, params: PyTree, keys: jax.Array, batch: PyTree) -> tuple[PyTree, tuple[Any, Any, Any]]:
+    def grad(
+        self, params: PyTree, keys: jax.Array, batch: PyTree, step: Any = None
+    ) -> tuple[PyTree, tuple[Any, Any, Any]]:
         """The gradient of `loss`, mapped over the devices (`jax.pmap`).
 
         Args:
             params: parameters, the same for each device.
             keys: `(devices, n)` random keys.
             batch: stacked data, leaves `(devices, n, ...)`.
+            step: as for `loss`.
 
         Returns:
             `(gradients, (outputs, loss, metrics))`, all with a leading device axis; all but the outputs are
             means over the devices.
         """
-        return self.programs.grad(params, keys, self._as_arguments(batch), self.train_state.step)
+        return self.programs.grad(params, keys, self._as_arguments(batch), self._step(step))
 
-    def update(self, rng: jax.Array, state: TrainState, batch: Any) -> tuple[PyTree, TrainState, dict[str, jax.Array]]:
+    def update(
+        self, rng: jax.Array, state: TrainState, batch: Any, step: Any = None
+    ) -> tuple[PyTree, TrainState, dict[str, jax.Array]]:
         """One update by hand; the caller's state stays usable.
 
         Args:
@@ -747,6 +786,7 @@ class Trainer:
             state: the state before.
             batch: a list of `batch_size` data, or data stacked to `(batch_size, ...)` or
                 `(devices, batch_size // devices, ...)`.
+            step: taken in place of the state's.
 
         Returns:
             `(outputs, state, metrics)`: outputs stacked to `(batch_size, ...)`, the state after, and a dict
@@ -755,8 +795,14 @@ class Trainer:
         Raises:
             ValueError: a batch of another size or structure.
         """
-        new_state, metrics, outputs = self.programs.update(rng, TrainState(*state), batch, self._first)
+        state = as_train_state(state)
+        state = state if step is None else state._replace(step=step)
+        new_state, metrics, outputs = self.programs.update(rng, state, batch, self._first)
         return outputs, new_state, metrics
+
+    def _step(self, given: Any) -> Any:
+        """The current step, or another one that was given, of the same type."""
+        return self.train_state.step if given is None else jnp.asarray(given, jnp.int32)
 
     # ---- wiring
 
@@ -836,11 +882,23 @@ def _checkpointer(
     return Checkpointer(path, processes=processes, **policy)
 
 
+def _one_or_more(val_datasets: Any, val_dataset: Any) -> Any:
+    """The validation sets, where one alone may be given by the name that once was its."""
+    if val_dataset is None:
+        return val_datasets
+    if val_datasets is not None:
+        raise ValueError(
+            "val_dataset and val_datasets are both given; val_datasets={'val': ...} takes all validation sets"
+        )
+    _logger.warning("val_dataset is taken as the validation set 'val'; its name is now val_datasets={'val': ...}")
+    return {"val": val_dataset}
+
+
 def _sample_params(given: Any) -> Mapping[str, Any] | None:
     """Parameters to merge for sampling: a mapping as it is, a path as the checkpoints folder to read."""
     if given is None or isinstance(given, Mapping):
         return given
-    loaded = Checkpointer(given).load_latest()
+    loaded = Checkpointer(expanded(given, "sample_params")).load_latest()
     if loaded is None:
         raise FileNotFoundError(f"sample_params: no checkpoint in {given}; give a checkpoints folder or a mapping")
     return loaded["state"].params

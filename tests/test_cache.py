@@ -1,14 +1,18 @@
 """Compiled programs on disk: whose folder, who may write to it, and that a second start finds them."""
 
 import json
+import logging
 import os
 import shutil
 import stat
 import tempfile
+import time
+import zlib
 from pathlib import Path
 
 import pytest
 
+from learnax import cache
 from tests.helpers import run_script
 
 # Nothing of the tests' own cache.
@@ -38,9 +42,15 @@ def start(tmp_path, **env):
     return json.loads(run_script(TRAINS, tmp_path, env=CLEAN | env).stdout)
 
 
-def test_a_second_start_finds_its_programs_and_computes_the_same(tmp_path):
-    home = tmp_path / "caches"
-    first = start(tmp_path, XDG_CACHE_HOME=str(home))
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """The caches of a first start, and what it said."""
+    folder = tmp_path_factory.mktemp("caches")
+    return folder, start(folder, XDG_CACHE_HOME=str(folder))
+
+
+def test_a_second_start_finds_its_programs_and_computes_the_same(started, tmp_path):
+    home, first = started
     (folder,) = (home / "learnax").iterdir()
     assert first["folder"] == str(folder)
     assert folder.name.startswith("programs-")
@@ -49,12 +59,49 @@ def test_a_second_start_finds_its_programs_and_computes_the_same(tmp_path):
     assert "jit_train" in programs
     assert "jit_evaluate" in programs
     assert (first["hits"], first["misses"]) == (0, len(programs))
-
-    second = start(tmp_path, XDG_CACHE_HOME=str(home))
-    assert second == first | {"hits": len(programs), "misses": 0}
-
+    assert start(tmp_path, XDG_CACHE_HOME=str(home)) == first | {"hits": len(programs), "misses": 0}
     without = start(tmp_path, XDG_CACHE_HOME=str(home), LEARNAX_COMPILATION_CACHE="off")
     assert without == first | {"folder": None, "misses": 0}
+
+
+def test_entries_that_are_damaged_are_written_anew(started, tmp_path):
+    home, first = started
+    entries = sorted((home / "learnax").glob("*/*-cache"))
+    whole = [path.read_bytes() for path in entries]
+    os.truncate(entries[0], 300)  # a process was killed while it wrote
+    os.truncate(entries[1], 0)
+    entries[2].write_bytes(bytes(len(whole[2])))
+    middle = len(whole[3]) // 2
+    entries[3].write_bytes(whole[3][:middle] + bytes([whole[3][middle] ^ 255]) + whole[3][middle + 1 :])
+    status = entries[3].stat()
+    os.utime(entries[3], ns=(status.st_atime_ns, status.st_mtime_ns - 10**12))  # by a copy that keeps old dates
+    assert start(tmp_path, XDG_CACHE_HOME=str(home)) == first | {"hits": first["misses"] - 4, "misses": 4}
+    for path in entries:
+        zlib.decompress(path.read_bytes())
+
+
+def test_each_entry_is_looked_at_once_and_what_others_do_meanwhile_is_no_error(tmp_path, monkeypatch, caplog):
+    good, bad = tmp_path / "jit_good-1-cache", tmp_path / "jit_bad-2-cache"
+    good.write_bytes(zlib.compress(b"program"))
+    bad.write_bytes(zlib.compress(b"program")[:-1])
+    (tmp_path / "notes").write_text("no entry")
+    reads, read = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read(path))
+    with caplog.at_level(logging.INFO, "learnax"):
+        cache._remove_damaged(tmp_path)
+    assert caplog.messages == [
+        "damaged entries of the compilation cache were removed, and will be written anew: jit_bad"
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checked", good.name, "notes"]
+    assert sorted(reads) == sorted([good.name, bad.name])
+    os.utime(tmp_path / "checked", (time.time() + 60,) * 2)
+    cache._remove_damaged(tmp_path)
+    assert len(reads) == 2
+    for path in (good, tmp_path / "checked"):
+        path.unlink()  # a link to nowhere: an entry that is gone when it is looked at
+    good.symlink_to(tmp_path / "gone")
+    cache._remove_damaged(tmp_path)
+    assert (tmp_path / "checked").exists()
 
 
 def used(tmp_path, asked="", prepare="", **env):
@@ -87,6 +134,13 @@ def test_the_variable_moves_it_and_the_argument_moves_it_again(tmp_path):
     assert used(tmp_path, repr(str(asked)), LEARNAX_COMPILATION_CACHE=str(moved)) == [str(asked)] * 2
     assert stat.S_IMODE(asked.stat().st_mode) == 0o700
     assert not (tmp_path / "caches").exists()
+
+
+def test_home_and_variables_are_put_in(tmp_path):
+    home = {"HOME": str(tmp_path / "home"), "SCRATCH": str(tmp_path / "scratch")}
+    assert used(tmp_path, LEARNAX_COMPILATION_CACHE="~/cache", **home) == [f"{tmp_path}/home/cache"] * 2
+    assert used(tmp_path, "'$SCRATCH/cache'", **home) == [f"{tmp_path}/scratch/cache"] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "scratch", "script.py"]
 
 
 def test_false_leaves_everything_as_it_is(tmp_path):

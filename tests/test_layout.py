@@ -20,6 +20,7 @@ ROOMS = [
     ["state", "loss", "packing", "stops"],
     ["processes"],
     ["metrics", "utils", "profiling", "sender", "cache", "clock", "farewell"],
+    ["names", "session"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
@@ -59,7 +60,8 @@ def test_what_users_import_beside_the_trainer_knows_no_trainer():
                 assert set(imported_rooms(path)) <= {room}, path
     for path in modules():
         if room_of(path) in ("run", "registry", "checkpoint"):
-            assert set(imported_rooms(path)) <= {"run", "registry", "checkpoint", "state", "utils", "processes"}, path
+            below = {"run", "registry", "checkpoint", "state", "utils", "processes", "names", "session"}
+            assert set(imported_rooms(path)) <= below, path
 
 
 def test_the_training_loop_fits_on_a_screen():

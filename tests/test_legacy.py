@@ -21,7 +21,7 @@ import optax
 import pytest
 from flax.core import FrozenDict
 
-from learnax.checkpoint import legacy
+from learnax.checkpoint import legacy, thaw
 from learnax.checkpoint.trees import as_state
 from learnax.state import TrainState, adam
 from learnax.utils import leaves_by_path
@@ -139,6 +139,43 @@ def test_metrics_step_and_time_come_as_python_numbers(tmp_path):
     assert legacy.read(write(path, state, metrics=OrderedDict(a=1.0)))["metrics"] == {"a": 1.0}
 
 
+class OldState(NamedTuple):
+    """The state as the first version had it."""
+
+    params: object
+    opt_state: object
+
+
+OldState.__module__, OldState.__qualname__ = "learnax.trainer", "TrainState"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(("name", "step"), [("state_12.pyd", 12), ("state_latest.pyd", 0), ("state_best.pyd", 0)])
+def test_a_state_without_a_dict_around_it_comes_back(tmp_path, monkeypatch, name, step, protocol):
+    state = make_state()
+    path = tmp_path / name
+    with monkeypatch.context() as old:
+        old.setattr("learnax.trainer.TrainState", OldState)
+        path.write_bytes(pickle.dumps(OldState(state.params, state.opt_state), protocol))
+    os.utime(path, (5.0, 1.5e9))
+    got = legacy.read(path)
+    assert {key: got[key] for key in ("step", "time")} == {"step": step, "time": 1.5e9}
+    assert (type(got["state"]), got["state"].step) == (TrainState, step)
+    assert_trees_equal((got["state"].params, got["state"].opt_state), (state.params, state.opt_state))
+
+
+def test_a_state_with_its_step_and_no_dict_around_it_comes_back(tmp_path):
+    path = put(tmp_path / "state_300.pyd", pickle.dumps(make_state(step=299)))
+    got = legacy.read(path)
+    assert (got["step"], got["state"].step) == (299, 299)
+
+
+def test_a_state_without_a_step_has_that_of_the_dict_around_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("learnax.trainer.TrainState", OldState)
+    got = legacy.read(write(tmp_path / "state_latest.pyd", OldState({"w": np.ones(2)}, None), step=7))
+    assert (got["step"], got["state"].step) == (7, 7)
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_arrays_of_any_layout_and_number_type_come_back(tmp_path, protocol):
     base = np.arange(24).reshape(2, 3, 4)
@@ -210,7 +247,7 @@ def test_an_optimiser_state_that_has_moved_since_is_known(tmp_path, old):
 
 
 def test_no_two_states_of_optax_share_a_name():
-    found = {id(cls): cls for cls in legacy._optax_states().values()}
+    found = {id(cls): cls for cls in thaw.optax_states().values()}
     for cls in optax.GradientTransformation, optax.InjectHyperparamsState, optax.EmptyState:
         assert id(cls) in found
     subclasses = [cls for cls in tuple.__subclasses__() if cls.__module__.startswith("optax.") and cls.__doc__]
@@ -541,7 +578,7 @@ def buffer(size, shape):
 
 
 def stand_ins():
-    return set(legacy._KNOWN.values())
+    return set(thaw._KNOWN.values())
 
 
 class Forged(NamedTuple):
@@ -563,11 +600,12 @@ INSIDE = {
     "a masked array": (np.ma.ones(2), "_mareconstruct'"),
     "a text": ("text", "params/a of its state is a str, not an array"),
     "bytes": (b"bytes", "a [bB]ytes where"),
-    "a set": ({1, 2}, r"a set where|__builtin__\.set'"),
+    "a set": ({1, 2}, r"a set, which no|__builtin__\.set'"),
     "a class": (np.ndarray, "a type where"),
     "a dtype": (np.dtype("f4"), "a Dtype where none should be"),
     "mixed keys": ({1: np.ones(2), "b": np.ones(2)}, "keys are not all text or all integers"),
-    "tuple keys": ({(1, 2): np.ones(2)}, "keys are not all text or all integers"),
+    "tuple keys": ({(1, 2): np.ones(2)}, "a key of type tuple; keys have to be text or small integers;"),
+    "large keys": ({1 << 60: np.ones(2)}, "a key of type int; keys"),
     "two leaves of one path": ({"a/b": 1, "a": {"b": 2}}, "two leaves of one path"),
     "a leaf in a leaf": ({"a": np.ones(2), "a/b": 2}, "is torn"),
     "a namedtuple": (Forged(1), "Forged'"),
@@ -686,7 +724,7 @@ HUGE = {
 @pytest.mark.parametrize("huge", HUGE)
 def test_a_size_in_the_file_sets_no_memory_aside(tmp_path, huge):
     path = put(tmp_path / "state_1.pyd", b"\x80\x05" + HUGE[huge])
-    legacy._optax_states()
+    thaw.optax_states()
     tracemalloc.start()
     try:
         assert not read_or_refuse(path)
@@ -707,10 +745,10 @@ def test_lists_of_lists_of_lists_are_an_error_soon(tmp_path):
 def test_a_container_in_itself_is_an_error(tmp_path):
     looped = []
     looped.append(looped)
-    with pytest.raises(ValueError, match="RecursionError"):
+    with pytest.raises(ValueError, match="it has a container in itself"):
         legacy.read(write(tmp_path / "state_1.pyd", TrainState({"a": looped}, None, 1)))
     deep = b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."
-    with pytest.raises(ValueError, match="RecursionError"):
+    with pytest.raises(ValueError, match="it has containers more than 100 deep"):
         legacy.read(put(tmp_path / "state_1.pyd", deep))
 
 

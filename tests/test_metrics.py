@@ -22,8 +22,29 @@ def test_a_pipe_merges_and_the_later_metric_wins():
     assert MetricPipe([Smallest(), Largest()])(jnp.array([1.0, 4.0]), []) == {"smallest": 1, "largest": 4}
 
 
+class Doubled(Metric):
+    def _call(self, output, batch, *, scale=1):
+        return {"doubled": 2 * output * scale}
+
+
+class Own(Metric):
+    def __init__(self):
+        pass  # never calls `super().__init__`, as scripts do
+
+    def __call__(self, sample):
+        assert self.transform is None
+        return {"own": sample}
+
+
+def test_metrics_are_called_with_what_the_pipe_is():
+    pipe = MetricPipe(metrics_list=[Doubled(), Doubled(transform=lambda output: output + 1)])
+    assert pipe(3, [], scale=10) == {"doubled": 80}
+    assert MetricPipe([Own(), lambda sample: {"other": sample}])(3) == {"own": 3, "other": 3}
+    assert Doubled(lambda output: -output)(3, batch=[]) == {"doubled": -6}
+
+
 def test_a_metric_that_implements_nothing_says_what_to_implement():
-    with pytest.raises(NotImplementedError, match=r"Metric must implement __call__\(output, batch\)"):
+    with pytest.raises(NotImplementedError, match=r"Metric must implement _call\(output, batch\) or override __call__"):
         Metric()(0, [])
 
 

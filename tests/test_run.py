@@ -1,8 +1,13 @@
 """Runs and their registry, on real folders and on wandb, offline."""
 
+import copy
 import dataclasses
 import json
+import pickle
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import wandb
@@ -144,8 +149,6 @@ def test_a_run_that_is_only_read_logs_nothing_and_needs_no_session(run):
 def test_states_and_weights_are_read_by_name(run):
     save_checkpoints(run.path)
     assert [run.get_train_state(name).step for name in (-1, 1, "best", "3", True)] == [3, 1, 2, 3, 3]
-    assert isinstance(run.get_train_state(), TrainState)
-    assert run.get_train_state().step == 3
     assert_trees_equal(run.get_weights(), {"w": np.float32([3, 3])})
     assert_trees_equal(run.get_weights("best"), {"w": np.float32([2, 2])})
     with pytest.raises(FileNotFoundError) as error:
@@ -159,37 +162,115 @@ def test_a_run_without_checkpoints_says_so(run):
     assert str(error.value) == f"run 'abc' has no checkpoint in {run.path}/checkpoints"
 
 
-def test_files_are_read_as_bytes_or_by_a_function(run):
+def test_a_checkpoint_is_a_dict_and_its_state(run):
+    save_checkpoints(run.path)
+    saved = run.get_train_state()
+    assert isinstance(saved, dict)
+    assert isinstance(saved["state"], TrainState)
+    assert (saved["step"], saved.step, saved.opt_state) == (3, 3, {})
+    assert saved.params is saved["state"].params
+    assert saved._replace(step=5).step == 5
+    assert not hasattr(saved, "parms")
+    for copied in (copy.deepcopy(saved), pickle.loads(pickle.dumps(saved))):
+        assert_trees_equal(copied.params, saved.params)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, {"a": saved})["a"]  # as of a plain dict, in a tree, too
+    assert isinstance(doubled, dict)
+    assert doubled.params["w"].tolist() == [6, 6]
+    assert doubled["step"] == 6
+
+
+CONTENT = {
+    "numbers": {"a": 1, "b": [2.5, True, None], ("c", 1): {3, 4}, "wide": 2**70},
+    "arrays": [np.arange(6).reshape(2, 3), np.float32(2), np.array(["x", "yz"])],
+    "text": "a text",
+    "bytes": b"\x80\x00",
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_what_is_saved_is_read_again(run, name):
+    assert run.save("deep/down/content.pkl", CONTENT[name]) == run.path / "deep/down/content.pkl"
+    for read in (run.read("deep/down/content.pkl"), Run("abc", run.path).read(filepath="deep/down/content.pkl")):
+        assert type(read) is type(CONTENT[name])
+        np.testing.assert_equal(read, CONTENT[name])
+
+
+def test_arrays_of_jax_and_states_are_read_again(run):
+    trees = {"weights": jnp.arange(3.0), "key": jax.random.key(3)}
+    run.save(filepath="weights.pkl", content=trees)
+    read = run.read("weights.pkl")
+    np.testing.assert_array_equal(read["weights"], np.arange(3.0))
+    assert_trees_equal(jax.random.key_data(read["key"]), jax.random.key_data(trees["key"]))
+
+
+def test_what_is_not_plain_is_saved_and_read_by_a_function_only(run):
+    run.save("config.pkl", Config(width=3))
+    with pytest.raises(ValueError, match=r"tests\.test_run\.Config.*read_fn"):
+        run.read("config.pkl")
+    with pytest.raises(ValueError, match=r"tests\.test_run\.Config.*read_fn"):
+        run.read_all("*.pkl")
+    assert run.read("config.pkl", read_fn=lambda path: pickle.loads(path.read_bytes())) == Config(width=3)
+    before = run.save("function.pkl", 1).read_bytes()
+    with pytest.raises(TypeError) as error:
+        run.save("function.pkl", lambda: 1)
+    assert str(error.value).startswith("save('function.pkl'): function cannot be pickled (")
+    assert str(error.value).endswith("); save plain content, or give a write_fn")
+    assert (run.path / "function.pkl").read_bytes() == before
+    with pytest.raises(TypeError, match="generator cannot be pickled"):
+        run.save("none/function.pkl", (i for i in ()))
+    assert not (run.path / "none").exists()
+
+
+def test_a_torn_pickle_is_named_and_a_file_that_is_none_is_its_bytes(run):
+    path = run.save("numbers.pkl", list(range(1000)))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"numbers\.pkl \(100 bytes\) is torn"):
+        run.read("numbers.pkl")
     assert run.read("notes.md") == b"three"
-    assert run.read("data/a.txt", lambda path: path.read_text()) == "one"
-    assert run.read_all("data/*.txt") == [b"one", b"two"]
-    assert run.read_all("**/*", lambda path: path.name) == ["a.txt", "b.txt", "notes.md"]
-    assert run.read_all("*.none") == []
+    (run.path / "empty").touch()
+    assert run.read("empty") == b""
     with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*abc/none\.txt'"):
         run.read("none.txt")
 
 
-def test_files_are_read_where_the_registry_is_a_relative_path(run, monkeypatch):
+def test_all_files_at_any_depth_are_read_by_their_paths(run):
+    run.save("x.pkl", 1)
+    run.save("data/deep/y.pkl", [2])
+    assert run.read_all("*.pkl") == {f"{run.path}/data/deep/y.pkl": [2], f"{run.path}/x.pkl": 1}
+    assert run.read_all("deep/*.pkl") == {f"{run.path}/data/deep/y.pkl": [2]}
+    assert run.read_all("data/*.txt", read_fn=lambda path: path.read_text()) == {
+        f"{run.path}/data/a.txt": "one",
+        f"{run.path}/data/b.txt": "two",
+    }
+    names = run.read_all("**/*", lambda path: path.name)
+    assert list(names.values()) == ["a.txt", "b.txt", "y.pkl", "notes.md", "x.pkl"]
+    assert [run.read(path, lambda path: path.name) for path in names] == list(names.values())
+    assert run.read_all("*.none") == {}
+
+
+def test_files_are_read_where_the_folder_is_relative_and_the_process_goes_elsewhere(run, monkeypatch):
     monkeypatch.chdir(run.path.parent)
     relative = Run("abc", "abc")
+    monkeypatch.chdir("/")
+    assert relative.path == run.path
     assert relative.read("notes.md") == b"three"
-    assert relative.read_all("data/*") == [b"one", b"two"]
-    assert relative.save("new.txt", "four").read_text() == "four"
+    assert list(relative.read_all("data/*").values()) == [b"one", b"two"]
+    assert relative.save("new.pkl", "four").parent == run.path
 
 
-def test_files_are_saved_as_bytes_as_text_or_by_a_function(run):
-    assert run.save("raw.bin", b"\x00\x01") == run.path / "raw.bin"
-    assert run.read("raw.bin") == b"\x00\x01"
-    run.save("deep/down/text.txt", "text")
-    assert run.read("deep/down/text.txt") == b"text"
+def test_files_are_saved_by_a_function(run):
     run.save("array.npy", np.arange(3), np.save)
     np.testing.assert_array_equal(run.read("array.npy", np.load), np.arange(3))
     run.save("values.json", {"a": 1}, lambda path, data: path.write_text(json.dumps(data)))
-    assert run.read("values.json", lambda path: json.loads(path.read_text())) == {"a": 1}
-    with pytest.raises(TypeError) as error:
-        run.save("dict.txt", {"a": 1})
-    assert str(error.value) == "save('dict.txt'): data must be bytes or str, or come with a write_fn, but is dict"
-    assert not (run.path / "dict.txt").exists()
+    assert run.read("values.json") == b'{"a": 1}'
+    run.save("deep/notes.txt", "four", write_fn=Path.write_text)
+    assert run.read("deep/notes.txt", Path.read_text) == "four"
+
+
+def test_a_run_is_called_by_its_name(run):
+    assert str(run) == repr(run) == "Run(a run)"
+    assert str(Run("abc", run.path)) == "Run(abc)"
 
 
 def test_a_folder_is_emptied_and_the_whole_run_never_is(run):
@@ -212,9 +293,14 @@ def test_no_path_leads_out_of_a_run(run, tmp_path):
             with pytest.raises(ValueError, match="outside") as error:
                 call(name)
             assert str(error.value) == f"{name!r} is outside of the run's folder {run.path}"
-    for pattern in ("../*.txt", "link/*.txt"):
-        with pytest.raises(ValueError, match=r"'.*/secret\.txt' is outside of the run's folder "):
+    with pytest.raises(ValueError, match=r"'.*/link/secret\.txt' is outside of the run's folder "):
+        run.read_all("link/*.txt")
+    for pattern in ("../*.txt", "data/../../*.txt", absolute, ""):
+        with pytest.raises(ValueError, match="pattern") as error:
             run.read_all(pattern)
+        assert str(error.value) == (
+            f"read_all({pattern!r}): a pattern is matched inside of the run's folder {run.path}"
+        )
     assert (tmp_path / "secret.txt").read_text() == "secret"
     assert (tmp_path / "abcd").is_dir()
 
@@ -281,5 +367,5 @@ def test_a_trainer_takes_a_run_and_its_checkpoints_are_the_runs(registry_path):
     assert trainer.train() is run
     run.finish()
     fetched = Registry("tests").fetch_run(run.id)
-    assert_trees_equal(fetched.get_train_state(), trainer.train_state)
+    assert_trees_equal(fetched.get_train_state()["state"], trainer.train_state)
     assert_trees_equal(fetched.get_weights(5), trainer.train_state.params)

@@ -133,23 +133,62 @@ def test_a_log_that_raises_is_told_at_once_and_counted_at_the_end(caplog):
     assert len(run.rows) == 7
 
 
-def test_a_log_that_hangs_is_given_up_and_takes_no_more_when_it_comes_back(monkeypatch, caplog):
+def test_a_log_that_hangs_is_given_up_once_and_tried_again_when_it_comes_back(monkeypatch, caplog):
     monkeypatch.setattr(module, "PATIENCE_S", 0.2)
     run = Gated()
     rows = Sender(run)
     rows.send(made(range(4)), 4)
     rows.send(made(range(4, 6)), 2)
     rows.close()
-    assert caplog.messages == ["run.log has not returned for 0.2 s: 6 rows are given up; trainer.metrics has them"]
+    line = (
+        "run.log has not returned for 0.2 s: 6 rows are given up, and all that follow until it has; trainer.metrics "
+        "has them"
+    )
+    assert caplog.messages == [line]
+    monkeypatch.setattr(module, "PATIENCE_S", SOON)  # whoever waits now is not forgotten
+    for number in range(6, 16):
+        rows.send(made([number]), 1)
+        rows.flush()
+    rows.close()
     (hung,) = run.threads
+    assert [thread for thread in threading.enumerate() if thread.name == "learnax-sender"] == [hung]
     run.gate.set()
     hung.join(SOON)
     assert not hung.is_alive()
     assert run.rows == [{"row": 0}]
-    rows.send(made(range(6, 9)), 3)
+    rows.send(made(range(16, 19)), 3)
     rows.close()
-    assert run.rows == [{"row": 0}, {"row": 6}, {"row": 7}, {"row": 8}]
-    assert len(caplog.messages) == 1
+    assert run.rows == [{"row": 0}, {"row": 16}, {"row": 17}, {"row": 18}]
+    assert caplog.messages == [line]
+
+
+def test_a_summary_is_not_written_to_a_run_that_hangs(monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.2)
+    run = Gated()
+    run.summary = {}
+    rows = Sender(run)
+    rows.send(made(range(4)), 4)
+    rows.close()
+    rows.summarise({"ledger": 1.0})
+    assert run.summary == {}
+    run.gate.set()
+    next(iter(run.threads)).join(SOON)
+    rows.summarise({"ledger": 1.0})
+    assert run.summary == {"ledger": 1.0}
+
+
+def test_what_was_abandoned_takes_no_later_rows():
+    run = MemoryRun()
+    rows = Sender(run)
+    rows.send(made(range(3)), 3)
+    rows.flush()
+    (first,) = [thread for thread in threading.enumerate() if thread.name == "learnax-sender"]
+    rows.abandon()
+    first.join(SOON)
+    assert not first.is_alive()
+    rows.send(made(range(3, 6)), 3)
+    rows.close()
+    assert run.rows == [{"row": number} for number in range(6)]
 
 
 def test_a_log_that_is_slow_but_moves_is_waited_for(monkeypatch, caplog):
@@ -238,13 +277,34 @@ def test_before_a_plot_the_run_has_every_earlier_row(room):
     assert seen == [list(range(1, 4)), list(range(1, 8))]
 
 
+def test_plots_do_not_wait_for_a_log_that_was_given_up(monkeypatch, caplog):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.2)
+    run, plots = Gated(), []
+
+    def plot(*_):
+        plots.append(len(caplog.messages))
+        monkeypatch.setattr(module, "PATIENCE_S", SOON)  # from now on nobody is to wait
+
+    trainer = make_trainer(run=run, plot_pipe=plot, plot_every=2)
+    try:
+        trainer.train()
+        assert plots == [1] * 5
+        assert len([thread for thread in threading.enumerate() if thread.name == "learnax-sender"]) == 1
+        assert len(trainer.metrics["train/loss"]) == 10
+    finally:
+        run.gate.set()
+
+
 def test_a_log_that_hangs_does_not_keep_train_from_returning(monkeypatch, caplog):
     monkeypatch.setattr(module, "PATIENCE_S", 0.2)
     run = Gated()
     trainer = make_trainer(run=run)
     try:
         assert trainer.train() is run
-        assert caplog.messages == ["run.log has not returned for 0.2 s: 13 rows are given up; trainer.metrics has them"]
+        assert caplog.messages == [
+            "run.log has not returned for 0.2 s: 13 rows are given up, and all that follow until it has; "
+            "trainer.metrics has them"
+        ]
         assert not run.rows
         assert len(trainer.metrics["train/loss"]) == 10
     finally:

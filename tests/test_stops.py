@@ -61,11 +61,19 @@ def untouched(tmp_path_factory):
     return end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+ONE_BY_ONE = {"trainer": {"steps_per_execution": 1}}
+FUSED = {"trainer": {"steps_per_execution": 16}, "devices": 4}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"trainer": {"steps_per_execution": 1}}, {"trainer": {"steps_per_execution": 16}, "devices": 4}, {"workers": 2}],
-    ids=["one by one", "fused, four devices", "workers"],
+    ("options", "number"),
+    [
+        (ONE_BY_ONE, signal.SIGINT),
+        (FUSED, signal.SIGTERM),
+        ({"workers": 2}, signal.SIGTERM),
+        ({"workers": 2}, signal.SIGINT),
+    ],
+    ids=["one by one, SIGINT", "fused, four devices, SIGTERM", "workers, SIGTERM", "workers, SIGINT"],
 )
 def test_a_signal_saves_and_leaves_as_it_asks_and_the_run_goes_on_bit_for_bit(options, number, tmp_path, untouched):
     process = start(tmp_path, options)
@@ -273,6 +281,59 @@ def test_a_signal_that_is_ignored_stays_so_and_other_threads_take_none_over():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+FORKING = """
+import multiprocessing, os, signal, sys, warnings
+warnings.simplefilter("ignore")
+from learnax.processes import OneProcess
+from learnax.stops import Stops
+
+fork = multiprocessing.get_context("fork")
+
+def wait(ready):
+    try:
+        ready.set()
+        signal.pause()
+    except KeyboardInterrupt:
+        sys.exit(7)
+
+def ended_by(number):
+    ready = fork.Event()
+    child = fork.Process(target=wait, args=(ready,))
+    child.start()
+    ready.wait()
+    os.kill(child.pid, number)
+    child.join(20)
+    ended, _ = child.exitcode, child.kill()
+    return ended
+
+def handler(number, frame):
+    os._exit(9)
+
+stops = Stops(None, OneProcess())
+for own in (None, handler):
+    if own is not None:
+        signal.signal(signal.SIGTERM, own)
+        signal.signal(signal.SIGINT, own)
+    with stops.watched():
+        print(ended_by(signal.SIGTERM), ended_by(signal.SIGINT), stops.reason)
+        stops.check()
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with stops.watched():
+        os.kill(os.getpid(), signal.SIGINT)
+        print(ended_by(signal.SIGTERM), stops.reason)  # forked with a signal pending
+        stops.check()
+except KeyboardInterrupt:
+    print("left")
+"""
+
+
+def test_a_process_that_is_forked_inside_ends_by_its_signals_and_the_run_goes_on(tmp_path):
+    # The child's default, what Python does with SIGINT, and a handler of the user's own.
+    assert run_script(FORKING, tmp_path).stdout.splitlines() == ["-15 7 None", "9 9 None", "-15 SIGINT", "left"]
 
 
 def test_time_is_up_only_when_it_is():

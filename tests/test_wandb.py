@@ -31,6 +31,13 @@ def _values(items):
     return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
+def axes(folder, run_id):
+    """The column that each metric, or pattern of metrics, is plotted over."""
+    (path,) = folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
+    metrics = [record.metric for record in records(path) if record.HasField("metric")]
+    return {metric.name or metric.glob_name: metric.step_metric for metric in metrics}
+
+
 def offline_run(folder, run_id):
     """An offline run's config and the rows of its history, from all of its sessions."""
     config, rows = {}, []
@@ -109,8 +116,17 @@ import json
 import wandb
 
 run = wandb.init(project="tests", config={{"width": 16}})
-trainer = make_trainer(run=run)
+
+def plot(given, outputs, batch):
+    assert isinstance(given, wandb.Run) and given.id == run.id and given.config["width"] == 16
+    given.log({{"plotted": len(outputs)}}, step=trainer.log.step)
+    given.log({{"later": 1.0, "step": trainer.log.step + 100}}, commit=True)
+    given.summary["plots"] = 3
+    given.notes = "plotted"
+
+trainer = make_trainer(run=run, plot_pipe=plot, plot_every=2)
 assert trainer.train() is run
+assert (run.summary["plots"], run.notes) == (3, "plotted")
 print(json.dumps([run.id, trainer.metrics["train/loss"], trainer.metrics["val/loss"]]))
 run.finish()
 """
@@ -118,7 +134,12 @@ run.finish()
     config, rows = offline_run(tmp_path, run_id)
     assert config["width"] == 16
     assert len(losses) == 10
-    assert_whole_history(rows, losses, val_losses)
+    plotted = [row for row in rows if "plotted" in row or "later" in row]
+    assert_whole_history([row for row in rows if row not in plotted], losses, val_losses)
+    # Whatever wandb counts, here twice as many rows as steps.
+    assert [(row["plotted"], row["step"]) for row in plotted[::2]] == [(8, step) for step in (2, 4, 6, 8, 10)]
+    assert [(row["later"], row["step"]) for row in plotted[1::2]] == [(1.0, step + 100) for step in (2, 4, 6, 8, 10)]
+    assert axes(tmp_path, run_id) == {"*": "step"}
 
 
 def test_a_run_of_the_registry_has_its_history_its_checkpoints_and_a_way_back(tmp_path, registry_path):
@@ -128,7 +149,11 @@ from learnax.registry import Registry
 
 registry = Registry("tests")
 run = registry.new_run({{"width": 16, "data": {{"size": 43}}}})
-trainer = make_trainer(run=run, registry="tests", save_every=4, load_checkpoint=run.id)
+def plot(given, outputs, batch):
+    given.log({{"plotted": len(outputs)}}, trainer.log.step)
+
+options = {{"plot_pipe": plot, "plot_every": 5}}
+trainer = make_trainer(run=run, registry="tests", save_every=4, load_checkpoint=run.id, **options)
 assert trainer.train() is run
 run.finish()
 
@@ -148,6 +173,8 @@ print(json.dumps([run.id, trainer.metrics["train/loss"], trainer.metrics["val/lo
     assert config["data"] == {"size": 43}
     assert len(losses) == 15
     assert [row["model/num_params"] for row in rows if "model/num_params" in row] == [195, 195]  # of two sessions
+    assert [(row["plotted"], row["step"]) for row in rows if "plotted" in row] == [(8, 5), (8, 10)]
+    rows = [row for row in rows if "plotted" not in row]
     once = [row for i, row in enumerate(rows) if i == 0 or "model/num_params" not in row]
     assert_whole_history(once, losses, val_losses)
 
