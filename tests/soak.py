@@ -33,6 +33,8 @@ FORMS = {
     "four devices": {"devices": 4, "seconds": 2e-4},
     "accumulated": {"trainer": {"accumulate_steps": 2}, "seconds": 2e-4},
     "data on the devices, wide": {"width": 4096, "size": 192},
+    "half precision": {"dtype": "bfloat16", "seconds": 2e-4},
+    "an optimizer with keys and masks": {"optimizer": "keys and masks", "seconds": 2e-4},
 }
 COMMON = {"epochs": 60, "save_every": SAVE_EVERY}
 

@@ -53,7 +53,9 @@ def main(folder, options):
 
     import flax.linen as nn
     import jax
+    import jax.numpy as jnp
     import numpy as np
+    import optax
 
     from learnax.checkpoint import files
     from learnax.checkpoint.folder import Folder
@@ -64,8 +66,9 @@ def main(folder, options):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, y=None):
-            x = nn.relu(nn.Dense(options.get("width", 64))(x))
-            return nn.Dense(3)(nn.Dropout(0.25, deterministic=False)(x))
+            dtype = jnp.dtype(options.get("dtype", "float32"))
+            x = nn.relu(nn.Dense(options.get("width", 64), param_dtype=dtype)(x))
+            return nn.Dense(3, param_dtype=dtype)(nn.Dropout(0.25, deterministic=False)(x)).astype(jnp.float32)
 
     class Slow:
         """Data that take their time, and a stop on the way where one is asked for."""
@@ -116,6 +119,18 @@ def main(folder, options):
 
     Trainer._load = timed_load
 
+    optimizers = {
+        None: None,
+        # A random key, a tree with holes, a tree by labels.
+        "keys and masks": optax.chain(
+            optax.add_noise(0.01, 0.55, jax.random.key(7)),
+            optax.masked(optax.add_decayed_weights(1e-3), lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+            optax.multi_transform(
+                {"first": optax.adamw(1e-2), "rest": optax.sgd(1e-2, momentum=0.9)},
+                lambda params: {name: "first" if name == "Dense_0" else "rest" for name in params},
+            ),
+        ),
+    }
     data = make_data(options.get("size", 96))
     seconds = options.get("seconds", 0.0)
     trainer = Trainer(
@@ -134,6 +149,7 @@ def main(folder, options):
         num_epochs=options.get("epochs", 10),
         num_workers=options.get("workers", 0),
         save_every=options.get("save_every", 5),
+        optimizer=optimizers[options.get("optimizer")],
         **options.get("trainer", {}),
     )
     diary["step"] = diary["resumed"] = trainer.log.step
@@ -142,7 +158,8 @@ def main(folder, options):
     trainer.train()
 
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves((trainer.train_state, jax.random.key_data(trainer.rng_seq))):
+    for leaf in jax.tree.leaves((trainer.train_state, trainer.rng_seq)):
+        leaf = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         digest.update(np.asarray(leaf).tobytes())
     metrics = {name: values for name, values in trainer.metrics.items() if "update_time" not in name}
     result = {"state": digest.hexdigest(), "step": int(trainer.log.step), "metrics": metrics}
