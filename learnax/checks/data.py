@@ -195,6 +195,8 @@ def _check_no_arrays(name: str, dataset: Any, first: FirstDatum) -> None:
 
 def _is_like(item: Any, first: FirstDatum) -> bool:
     """Whether something has the structure and shapes of a training datum."""
+    if hasattr(item, "__next__"):
+        return False  # to be gone through once
     structure: Any
     wanted: Any
     leaves, structure = jax.tree.flatten(as_list(item), is_leaf=lambda leaf: leaf is None)

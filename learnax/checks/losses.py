@@ -132,7 +132,9 @@ def _failure_text(name: str, losses: Losses, seen: Seen, output: PyTree, error: 
     if _is_of_a_library(losses):
         return "\n".join([*lines, _definition(losses, seen)])
     if in_file(error, learnax.loss.__file__):
-        return "\n".join([*lines, "a loss returns (output, loss, metrics), and so does its _call: return output, loss, {}"])
+        return "\n".join(
+            [*lines, "a loss returns (output, loss, metrics), and so does its _call: return output, loss, {}"]
+        )
     lines.append(f"take it apart by: {_reading(seen.datum)}")
     lines += [_RESHAPE] if _has_rows(seen, output) else value_lines(error, "the losses are", seen.datum)
     return "\n".join(lines)

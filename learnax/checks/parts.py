@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -32,7 +33,7 @@ def check_model_type(model: Any) -> None:
             f"model must be a flax linen module, but is the class {model.__name__}; write {model.__name__}(), with "
             "its fields in the parentheses"
         )
-    modules = [cls.__module__ for cls in type(model).__mro__]
+    modules = [cls.__module__ for cls in type(model).__mro__ if not isinstance(model, nn.Module)]
     for package, what in _OTHER_MODELS.items():
         if any(f"{module}.".startswith(f"{package}.") for module in modules):
             raise TypeError(f"model must be a flax linen module (flax.linen.Module) for now, but is {what}")

@@ -52,7 +52,8 @@ def checked_rate(rate: Any) -> Any:
 def _check_schedule(schedule: Any) -> None:
     results = []
     try:
-        jax.eval_shape(lambda step: results.append(schedule(step)), jax.ShapeDtypeStruct((), jnp.int32))
+        with jax.numpy_dtype_promotion("standard"):  # as in optax
+            jax.eval_shape(lambda step: results.append(schedule(step)), jax.ShapeDtypeStruct((), jnp.int32))
     except LOOKED_AT as error:
         raise TypeError(
             f"learning_rate: the schedule {name_of(schedule)} is compiled into the step, so it cannot ask for the "
