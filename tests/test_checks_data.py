@@ -88,7 +88,7 @@ class Unsized(Iterable):
 class Frame:
     """As pandas' are: its [0] is a column."""
 
-    iloc = ()
+    iloc, columns = (), ("image", "label")
 
     def __len__(self):
         return 16

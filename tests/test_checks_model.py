@@ -50,6 +50,8 @@ def test_a_datum_with_fewer_arguments_than_the_model_has():
     assert text.endswith(
         "the model gets the datum alone, so deterministic needs a default, deterministic=True for instance"
     )
+    text = text_of(model=of(lambda self, x, train: nn.Dense(3)(x) if train else x))
+    assert text.endswith("its argument train gets [1] of the datum: give it a place behind, and a default")
 
 
 def test_a_datum_that_is_one_argument():

@@ -90,10 +90,10 @@ def check_dataset(name: str, dataset: Any, least: int, batch_size: int) -> None:
         ValueError: fewer data.
     """
     size = _size_of(name, dataset)
-    if isinstance(dataset, Mapping) and 0 not in dataset:
-        raise TypeError(_mapping_text(name, dataset))
     if size == 0:
         raise ValueError(f"dataset {name!r} is empty; expected at least {least} data")
+    if isinstance(dataset, Mapping) and 0 not in dataset:
+        raise TypeError(_mapping_text(name, dataset))
     whole = _whole_arrays(dataset)
     if size >= least:
         if whole and len({np.ndim(array) for array in dataset}) > 1:
@@ -109,7 +109,7 @@ def check_dataset(name: str, dataset: Any, least: int, batch_size: int) -> None:
 def _size_of(name: str, dataset: Any) -> int:
     """A dataset's length; a TypeError, with what to write, for what has none or cannot be read by number."""
     wanted = f"dataset {name!r} must have __len__ and __getitem__, but is {_kind(dataset)}"
-    if hasattr(dataset, "iloc"):  # of pandas: its [0] asks for a column called 0
+    if hasattr(dataset, "iloc") and hasattr(dataset, "columns"):  # of pandas: its [0] asks for a column called 0
         raise TypeError(
             f"{wanted}, whose [0] is no row; write a list of data, table.to_dict('records') for a dict of each row, "
             "or list(table.to_numpy('float32')) for an array of each"
@@ -141,7 +141,7 @@ def _mapping_text(name: str, dataset: Mapping[Any, Any]) -> str:
     columns = all(isinstance(value, (np.ndarray, jax.Array, list, tuple)) for value in dataset.values())
     listed = ", ".join(map(repr, names))
     text = f"dataset {name!r} must be a list of data, but is a {type(dataset).__name__} of {listed}"
-    if not columns or not names:
+    if not columns:
         return f"{text}; a list of dicts is one, a datum each"
     short_names = _variables(names)
     datum = ", ".join(f'"{name}": {short_name}' for name, short_name in zip(names, short_names, strict=True))
@@ -168,7 +168,7 @@ def _zipped(variables: Sequence[str], columns: Sequence[str]) -> str:
 
 def _whole_arrays(dataset: Any) -> bool:
     """Whether a dataset looks like `(X, y)`: a few arrays, with a row for each datum."""
-    if not isinstance(dataset, (list, tuple)) or len(dataset) < 2:
+    if not isinstance(dataset, (list, tuple)) or not 2 <= len(dataset) <= 8:
         return False
     if not all(isinstance(array, (np.ndarray, jax.Array)) and np.ndim(array) for array in dataset):
         return False
@@ -195,13 +195,17 @@ def _check_no_arrays(name: str, dataset: Any, first: FirstDatum) -> None:
 
 def _is_like(item: Any, first: FirstDatum) -> bool:
     """Whether something has the structure and shapes of a training datum."""
-    if hasattr(item, "__next__"):
-        return False  # to be gone through once
+    if isinstance(item, list) != first.is_list or hasattr(item, "__next__"):
+        return False
+    # A dataset is no datum by its length, mostly; it is not gone through for that.
+    inside, own = (item, first.arguments) if first.is_list else (item, first.arguments[0])
+    if isinstance(inside, (list, tuple, dict)) and (type(inside) is not type(own) or len(inside) != len(own)):
+        return False
     structure: Any
     wanted: Any
     leaves, structure = jax.tree.flatten(as_list(item), is_leaf=lambda leaf: leaf is None)
     known, wanted = jax.tree.flatten(first.arguments, is_leaf=lambda leaf: leaf is None)
-    if isinstance(item, list) != first.is_list or structure != wanted:
+    if structure != wanted:
         return False
     # Only of arrays numpy is asked for the shape: of a dataset it would read all data.
     return all(

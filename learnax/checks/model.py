@@ -131,7 +131,7 @@ def _model_shapes(
         lines = [
             f"the model {type(model).__name__} cannot take a datum of {split!r}, of this structure ({count}):",
             structure_of(datum),
-            *(_signature_lines(model, datum) or _inside_lines(datum, first, error)),
+            *(_signature_lines(model, datum) or _inside_lines(model, datum, first, error)),
         ]
         raise ValueError("\n".join(lines)) from error
 
@@ -148,9 +148,9 @@ def _signature_lines(model: Any, datum: list[Any]) -> list[str]:
     except TypeError:
         pass
     positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    takes = f"but its __call__ takes {len(positional)}, {signature}".replace("'", "")
+    takes = f"but its __call__ takes {len(positional)}, ({', '.join(map(_written, signature.parameters.values()))})"
     if len(datum) > len(positional):
-        names = [str(p).replace("'", "") for p in positional]
+        names = [_written(p) for p in positional]
         names += [f"{name}=None" for name in _new_names(len(datum) - len(positional), list(signature.parameters))]
         return [
             takes,
@@ -158,7 +158,8 @@ def _signature_lines(model: Any, datum: list[Any]) -> list[str]:
             f"  def __call__(self, {', '.join(names)}):",
             'or make each datum a dict, {"image": x, "label": y}: the model then takes that as one argument',
         ]
-    missing = [p.name for p in signature.parameters.values() if p.default is p.empty][len(datum) :]
+    own = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    missing = [p.name for p in own if p.default is p.empty][len(datum) :]
     if any(name in _MODES for name in missing):
         mode = next(name for name in missing if name in _MODES)
         return [takes, f"the model gets the datum alone, so {mode} needs a default, {mode}=True for instance"]
@@ -175,10 +176,19 @@ def _new_names(count: int, taken: list[str]) -> list[str]:
     return [*names, *(f"a{place}" for place in range(count))][:count]
 
 
-def _inside_lines(datum: list[Any], first: list[Any], error: BaseException) -> list[str]:
+def _written(parameter: inspect.Parameter) -> str:
+    """A parameter as it is written, without its annotation."""
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
+
+
+def _inside_lines(model: Any, datum: list[Any], first: list[Any], error: BaseException) -> list[str]:
     """What went wrong inside the model, and what a datum is to it."""
     layer = _layer(error)
     lines = [raised(error)]
+    taken = list(inspect.signature(model.__call__).parameters)[: len(datum)] if callable(model) else []
+    for place, name in enumerate(taken):
+        if name in _MODES:
+            return [*lines, f"its argument {name} gets [{place}] of the datum: give it a place behind, and a default"]
     if datum is not first:
         return [*lines, "while it takes a datum of 'train':", structure_of(first)]
     if any(leaf is None for leaf in jax.tree.leaves(datum, is_leaf=lambda leaf: leaf is None)):

@@ -43,7 +43,8 @@ def checked_rate(rate: Any) -> Any:
         return rate
     number = number_of(rate)
     if number is None:
-        raise TypeError(f"learning_rate must be a number or an optax schedule, but is {short(rate)}")
+        hint = "; write learning_rate=1e-3 for instance, beside an optimizer, too" if rate is None else ""
+        raise TypeError(f"learning_rate must be a number or an optax schedule, but is {short(rate)}{hint}")
     if not 0 <= number < float("inf"):
         raise ValueError(f"learning_rate must be finite and at least 0, but is {number}")
     return number
