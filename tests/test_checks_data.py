@@ -25,10 +25,11 @@ def test_whole_arrays_in_place_of_data(dataset):
     kind = type(dataset).__name__
     text = text_of(ValueError, train_dataset=dataset)
     assert text == (
-        "dataset 'train' has 2 data, fewer than one batch of 8: every batch would be skipped; use batch_size <= 2.\n"
+        "dataset 'train' has 2 data, fewer than one batch of 8: every batch would be skipped.\n"
         f"These are 2, since each item of the {kind} is one datum, float32[16, 8], float32[16, 3].\n"
         "If they hold all the data, 16 rows each, make a list of data of them:\n"
-        "  [[x, y] for x, y in zip(X, y)]"
+        "  [[x, y] for x, y in zip(X, y)]\n"
+        "If not, use batch_size <= 2"
     )
     text = text_of(ValueError, val_datasets={"far": dataset})
     assert text.startswith(f"dataset 'far' has 2 data: each item of the {kind} is one datum, float32[16, 8], ")

@@ -57,7 +57,7 @@ def test_a_datum_with_fewer_arguments_than_the_model_has():
 def test_a_datum_that_is_one_argument():
     model = of(lambda self, x: nn.Dense(3)(x))
     text = text_of(model=model, train_dataset=[tuple(datum) for datum in make_data(8)])
-    assert "a datum that is a tuple is one argument: the model gets it whole, x, y = datum; a list is spread" in text
+    assert "a datum that is a tuple is one argument: write x, y = datum in the model; a list, [x, y], is spread" in text
     text = text_of(model=model, train_dataset=[{"image": x, "label": y} for x, y in make_data(8)])
     assert "\n  [0]['image']: float32[8]\n  [0]['label']: float32[3]\n" in text
     assert "a datum that is a dict is one argument: the model gets it whole, and reads x['image'] of it" in text

@@ -102,8 +102,10 @@ def check_dataset(name: str, dataset: Any, least: int, batch_size: int) -> None:
     group = least // batch_size
     batches = f"one batch of {batch_size}" if group == 1 else f"the {group} batches of {batch_size} of one update"
     hint = f"batch_size <= {size // group}" if size >= group else f"accumulate_steps <= {max(size // batch_size, 1)}"
-    text = f"dataset {name!r} has {size} data, fewer than {batches}: every batch would be skipped; use {hint}"
-    raise ValueError(f"{text}.\nThese are {size}, since {_whole_text(dataset)}" if whole else text)
+    text = f"dataset {name!r} has {size} data, fewer than {batches}: every batch would be skipped"
+    if whole:
+        raise ValueError(f"{text}.\nThese are {size}, since {_whole_text(dataset)}\nIf not, use {hint}")
+    raise ValueError(f"{text}; use {hint}")
 
 
 def _size_of(name: str, dataset: Any) -> int:

@@ -197,7 +197,9 @@ def _inside_lines(model: Any, datum: list[Any], first: list[Any], error: BaseExc
         key = next(iter(datum[0]), "image")
         lines.append(f"a datum that is a dict is one argument: the model gets it whole, and reads x[{key!r}] of it")
     elif len(datum) == 1 and isinstance(datum[0], tuple):
-        lines.append("a datum that is a tuple is one argument: the model gets it whole, x, y = datum; a list is spread")
+        lines.append(
+            "a datum that is a tuple is one argument: write x, y = datum in the model; a list, [x, y], is spread"
+        )
     if layer.startswith("Conv") and any(np.ndim(leaf) == 2 for leaf in jax.tree.leaves(datum)):
         lines.append(f"{layer} takes an image of (height, width, channels): of one channel, give it x[..., None]")
     one = "a model sees one datum at a time, without a batch axis: x.reshape(-1), not x.reshape(x.shape[0], -1)"

@@ -16,8 +16,8 @@ from learnax.registry import Registry
 
 _FUNCTIONS = ("losses", "save_model", "plot_pipe", "plot_model", "sample_model", "sample_plot", "sample_metrics")
 _OTHER_MODELS = {
-    "flax.nnx": "a flax nnx module; flax.nnx.bridge.to_linen(nnx.Linear, 8, 8), of the class and its arguments without "
-    "rngs, makes a linen module of one that has parameters alone",
+    "flax.nnx": "a flax nnx module; write flax.nnx.bridge.to_linen(nnx.Linear, 8, 8), the class and its arguments "
+    "without rngs, for one that has parameters alone",
     "equinox": "an equinox module; write its layers as a flax linen module",
     "haiku": "a haiku module; write its layers as a flax linen module",
     "torch": "a torch module; write its layers as a flax linen module",
