@@ -88,6 +88,16 @@ Wanted = tuple[Kind, Hashable, tuple[Any, ...]]
 """A program to be compiled: its kind, what of its arguments may change, and the arguments or their shapes."""
 
 
+def check_compiling() -> None:
+    """Raises RuntimeError where JAX is told to compile nothing."""
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "jax.disable_jit() is on (or JAX_DISABLE_JIT), but a trainer's step is compiled before it runs: take it "
+            "away from around the trainer. To look into model and losses step by step, call model.apply(...) and the "
+            "losses by hand under it; jax.debug.print works in a compiled step"
+        )
+
+
 class Engine:
     """Compiles steps for a set of devices, and lays data out on them.
 
@@ -251,6 +261,8 @@ class Engine:
             self.programs[name, signature] = future.result()
 
     def _lower(self, kind: Kind, args: tuple[Any, ...]) -> tuple[str, jax.stages.Lowered, dict[str, float]]:
+        check_compiling()
+
         # Of a partial JAX takes the text for its messages, and that has all that the losses hold, data for one.
         def function(*args: Any) -> Any:
             return kind.function(*args)

@@ -125,17 +125,22 @@ def key_pair(seed: int) -> tuple[jax.Array, jax.Array]:
 
 
 def init_params(model: Any, key: jax.Array, datum: list[Any]) -> PyTree:
-    """The model's fresh `params` collection.
+    """The model's fresh `params` collection; see `params_of`."""
+    return params_of(init_variables(model, key, datum))
+
+
+def params_of(variables: Mapping[str, PyTree]) -> PyTree:
+    """The `params` collection of a model's variables.
 
     Raises:
-        ValueError: a model with other collections, batch statistics for one: a step carries parameters alone.
+        ValueError: there are other collections, batch statistics for one: a step carries parameters alone.
     """
-    variables = init_variables(model, key, datum)
     others = sorted(set(variables) - {"params"})
     if others:
         raise ValueError(
             f"the model has variables besides its parameters: {', '.join(others)}; a step keeps the 'params' "
-            "collection alone, so use layers without running state (LayerNorm or GroupNorm in place of BatchNorm)"
+            "collection alone for now, so batch statistics and other running state are not carried from step to step. "
+            "Use layers without it, nn.LayerNorm() in place of nn.BatchNorm for instance"
         )
     return variables.get("params", {})
 

@@ -101,7 +101,7 @@ def apply_model(
         streams: those that get a key of their own; None finds out, at the price of tracing the module again.
     """
     if streams is None:
-        streams = lifted_streams(model, params, datum, asked_streams(model, params, datum))
+        streams = lifted_streams(model, params, datum, asked_streams(model, params, datum)[0])
     return model.apply({"params": params}, *datum, rngs=rngs_of(key, streams))
 
 

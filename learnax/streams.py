@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import threading
 import zlib
@@ -40,16 +41,17 @@ def init_variables(model: Any, key: jax.Array, datum: list[Any]) -> Any:
     return _with_streams(lambda streams: model.init(rngs_of(key, streams), *datum))[0]
 
 
-def asked_streams(model: Any, params: PyTree, datum: list[Any]) -> tuple[str, ...]:
-    """The random streams that a module draws from, by name; traced, not computed.
+def asked_streams(model: Any, params: PyTree, datum: list[Any]) -> tuple[tuple[str, ...], PyTree]:
+    """The random streams that a module draws from, by name, and its output's shapes; traced, not computed.
 
     Raises:
         Exception: what the module raises on this datum.
     """
     key = jax.random.key(0)
     with _recording() as asked:
-        _with_streams(lambda streams: jax.eval_shape(_applied(model, ("params", *streams)), params, key, datum))
-    return tuple(asked)
+        apply = functools.partial(_applied, model)
+        output, _ = _with_streams(lambda streams: jax.eval_shape(apply(("params", *streams)), params, key, datum))
+    return tuple(asked), output
 
 
 def lifted_streams(model: Any, params: PyTree, datum: list[Any], asked: tuple[str, ...]) -> tuple[str, ...]:

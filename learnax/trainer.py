@@ -21,7 +21,7 @@ from learnax import checks, clock
 from learnax.actions import Action, ModelSaver, Moment, Plotter, Sampler, StateSaver
 from learnax.cache import use_cache
 from learnax.checkpoint import Checkpointer, SaveError
-from learnax.data import Block, Loader, Repeated, check_dataset, first_datum
+from learnax.data import Block, Loader, Repeated
 from learnax.engine import BATCHES, SAME, Engine
 from learnax.log import Log, Means
 from learnax.log import NoProgressError as NoProgressError
@@ -136,6 +136,7 @@ class Trainer:
 
     name = "trainer"
 
+    @checks.checked
     def __init__(
         self,
         model: Any,
@@ -189,7 +190,6 @@ class Trainer:
         profiled = checks.check_profile(profile)
         marks = marks_for(profiled)
         self.phases = Phases(clock.take_import_seconds(), marks)
-        checks.check_arguments(given)
         self.model = self.transform = model
         self.optimizer = adam(learning_rate) if optimizer is None else optimizer
         self._own_optimizer = optimizer is None
@@ -223,11 +223,10 @@ class Trainer:
         self.device_count = len(devices)
         checks.check_split(batch_size, self.device_count)
         self.engine = Engine(devices, self.phases)
-        splits = {"train": train_dataset} | ({} if self.train_only else checks.named_splits(val_datasets))
-        for name, dataset in splits.items():
-            check_dataset(name, dataset, batch_size, accumulate_steps, tail=name != "train")
-        self._data = {name: first_datum(name, dataset) for name, dataset in splits.items()}
-        traced = checks.check_model(model, losses, seed, self._data)
+        validated = None if self.train_only else val_datasets
+        splits, self._data = checks.splits_of(train_dataset, validated, batch_size, accumulate_steps)
+        traced = checks.check_model(model, losses, seed, self._data, optimizer)
+        checks.check_names(traced.metrics, list(splits))
         self.engine.mapped = traced.mapped
         gather: dict[str, Any] = {}
         if shard_state:
@@ -291,7 +290,7 @@ class Trainer:
                     sample_model,
                     _sample_params(sample_params),
                     voice(sample_plot),
-                    sample_metrics,
+                    sample_metrics and checks.SampleMetrics(sample_metrics, traced.metrics),
                     min(9, batch_size) if sample_batch_size is None else sample_batch_size,
                     seed,
                     run,

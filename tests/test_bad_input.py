@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from learnax.trainer import Trainer
-from tests.helpers import MLP, make_data, make_trainer
+from tests.helpers import MLP, Squared, make_data, make_trainer
 
 
 def test_a_batch_that_does_not_divide_over_the_devices():
@@ -56,7 +56,9 @@ def test_counts_that_cannot_be_left_out():
         ({"learning_rate": -1}, ValueError, "learning_rate must be finite and at least 0, but is -1.0"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate must be finite and at least 0, but is nan"),
         ({"model": lambda x: x}, TypeError, "model must be a flax linen module, but is <function"),
-        ({"losses": [1]}, TypeError, "losses must be callable, but is [1]"),
+        ({"model": MLP}, TypeError, "model must be a flax linen module, but is the class MLP; write MLP()"),
+        ({"losses": [1]}, TypeError, "losses must be callable, but is [1]; several become one by LossPipe([...])"),
+        ({"losses": Squared}, TypeError, "losses must be an object to call, but is the class Squared; write Squared()"),
         ({"plot_pipe": "plot"}, TypeError, "plot_pipe must be callable, but is 'plot'"),
         (
             {"sample_batch_size": 9, "sample_every": 1, "sample_model": print},
@@ -113,8 +115,9 @@ def test_a_model_that_cannot_take_the_datum():
         make_trainer(model=OneArgument())
     text = str(caught.value)
     assert "(2 arguments):\n  [0]: float32[8]\n  [1]: float32[3]\n" in text
-    assert "positional argument" in text
-    assert "a datum that is a list is splatted into arguments, anything else is one argument" in text
+    assert "but its __call__ takes 1, (x)\na datum that is a list is spread over the model's arguments" in text
+    assert "\n  def __call__(self, x, y=None):\n" in text
+    assert len(text.splitlines()) <= 12
 
 
 def test_a_validation_set_that_the_model_cannot_take_is_told_before_any_training():

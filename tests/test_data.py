@@ -200,10 +200,16 @@ def test_a_batch_is_read_after_the_step_before_it_was_dispatched_and_metrics_com
 
 
 @pytest.mark.parametrize(
-    ("dataset", "kind"), [(iter([]), "list_iterator"), ({1, 2}, "set"), (7, "int"), (None, "NoneType")]
+    ("dataset", "kind", "hint"),
+    [
+        (iter([]), "list_iterator", ": write list(...) around it"),
+        ({1, 2}, "set", ": write list(...) around it"),
+        (7, "int", ""),
+        (None, "NoneType", ""),
+    ],
 )
-def test_what_is_no_dataset_is_said_when_the_trainer_is_built(dataset, kind):
-    text = f"must have __len__ and __getitem__, but is {kind}; a list of data is the simplest"
+def test_what_is_no_dataset_is_said_when_the_trainer_is_built(dataset, kind, hint):
+    text = f"must have __len__ and __getitem__, but is {kind}; a list of data is the simplest{hint}"
     with pytest.raises(TypeError, match=exactly(f"dataset 'train' {text}")):
         make_trainer(train_dataset=dataset)
     with pytest.raises(TypeError, match=exactly(f"dataset 'near' {text}")):

@@ -18,7 +18,7 @@ ROOMS = [
     ["log", "engine", "checkpoint", "data", "plan"],
     ["step", "sharding"],
     ["state", "loss", "packing", "stops"],
-    ["processes"],
+    ["processes", "streams"],
     ["metrics", "utils", "profiling", "sender", "cache", "clock", "farewell"],
     ["names", "session"],
 ]

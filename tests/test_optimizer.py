@@ -168,8 +168,14 @@ def test_huge_gradients_that_are_never_scaled_down_put_no_nan_into_the_parameter
 
 @pytest.mark.parametrize(
     ("optimizer", "shown"),
-    [("adam", "'adam'"), (optax.adam, f"{optax.adam!r}"), (1e-3, "0.001"), ((print,), f"({print!r},)")],
-    ids=["text", "a function that makes one", "a rate", "a tuple"],
+    [
+        ("adam", "'adam'; optimizer=optax.adamw(1e-3) for instance"),
+        (optax.adam, f"{optax.adam!r}; write what it makes, optimizer=optax.adam(1e-3) for instance"),
+        (1e-3, "0.001; a rate is given as learning_rate=0.001"),
+        ((print,), f"({print!r},); several become one by optax.chain(...)"),
+        (np.ones(2), "array([1., 1.])"),
+    ],
+    ids=["text", "a function that makes one", "a rate", "a tuple", "an array"],
 )
 def test_what_is_no_optimizer_is_said_when_the_trainer_is_built(optimizer, shown):
     with pytest.raises(TypeError) as error:

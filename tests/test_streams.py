@@ -84,7 +84,7 @@ class Layers(nn.Module):
 def streams_of(model):
     datum = make_data(1)[0]
     params = init_params(model, jax.random.key(0), datum)
-    asked = asked_streams(model, params, datum)
+    asked, _ = asked_streams(model, params, datum)
     return params, asked, lifted_streams(model, params, datum, asked)
 
 

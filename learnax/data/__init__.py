@@ -11,6 +11,5 @@ from learnax.data.loader import (
     Loader as Loader,
     Repeated as Repeated,
     FirstDatum as FirstDatum,
-    check_dataset as check_dataset,
     first_datum as first_datum,
 )

@@ -203,31 +203,6 @@ class Repeated:
         """Nothing to end: the batch was read once."""
 
 
-def check_dataset(name: str, dataset: Any, batch_size: int, group: int, tail: bool) -> None:
-    """Checks that a dataset can give a batch, or a group of them.
-
-    Raises:
-        TypeError: not a dataset.
-        ValueError: an empty dataset, or one with no full batch where the tail is skipped.
-    """
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(
-            f"dataset {name!r} must have __len__ and __getitem__, but is {type(dataset).__name__}; "
-            "a list of data is the simplest"
-        )
-    size, least = len(dataset), 1 if tail else batch_size * group
-    if size == 0:
-        raise ValueError(f"dataset {name!r} is empty; expected at least {least} data")
-    if size < least:
-        batches = f"one batch of {batch_size}" if group == 1 else f"the {group} batches of {batch_size} of one update"
-        hint = (
-            f"batch_size <= {size // group}" if size >= group else f"accumulate_steps <= {max(size // batch_size, 1)}"
-        )
-        raise ValueError(
-            f"dataset {name!r} has {size} data, fewer than {batches}: every batch would be skipped; use {hint}"
-        )
-
-
 class FirstDatum(NamedTuple):
     """A dataset's first datum.
 

@@ -1,0 +1,65 @@
+"""What must be alike: over the processes of a run, and between a run and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from learnax.checks.arguments import check_profile
+from learnax.data import FirstDatum
+from learnax.state import PyTree
+from learnax.utils import describe, leaves_by_path
+
+_logger = logging.getLogger("learnax")
+
+
+def comparable(
+    given: Mapping[str, Any], splits: Mapping[str, Any], data: Mapping[str, FirstDatum], state: PyTree
+) -> dict[str, str]:
+    """What all processes of a run must have alike, in words.
+
+    Args:
+        given: the trainer's arguments by name.
+        splits: the datasets by name.
+        data: the first datum of each.
+        state: the training state's shapes.
+    """
+    plain = (bool, int, float, str, type(None))
+    # Each process may have its own run and its own view of the devices.
+    facts = {
+        name: repr(value) if isinstance(value, plain) else "given"
+        for name, value in given.items()
+        if name not in ("self", "run", "registry", "devices", "compilation_cache", "num_workers")
+    }
+    facts |= {f"len({name})": str(len(dataset)) for name, dataset in splits.items()}
+    facts |= {f"data of {name}": describe(datum.arguments) for name, datum in data.items()}
+    facts["registry"] = "None" if given["registry"] is None else "given"
+    facts["profile"] = ", ".join(map(str, check_profile(given["profile"]))) or "None"  # where dispatches are cut
+    return facts | {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(state).items()}
+
+
+def check_same_script(step: int, saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Checks that a run can go on where a checkpoint was made.
+
+    Args:
+        step: of the checkpoint.
+        saved: what its position in the data depends on; None where it does not say.
+        now: the same of this script.
+
+    Raises:
+        ValueError: data would be trained on twice, or not at all; what was changed is named.
+    """
+    changed = [
+        f"{name} was {saved[name]!r} and is {value!r}"
+        for name, value in now.items()
+        if saved is not None and name in saved and saved[name] != value
+    ]
+    if changed == [line for line in changed if line.startswith("seed ")]:
+        for line in changed:
+            _logger.warning("%s: the run goes on with the random sequence of its checkpoint", line)
+        return
+    raise ValueError(
+        f"the checkpoint of step {step} was made by another script: {', '.join(changed)}. From there, data would be "
+        "trained on twice or not at all: use what was, or load_weights=True to begin anew with its parameters"
+    )
