@@ -353,7 +353,7 @@ def _tried(work: Callable[[], Any]) -> str:
 
 
 def _why(error: Exception) -> str:
-    return str(error) if isinstance(error, OwnedError) else files.reason(error)
+    return str(error) if isinstance(error, (OwnedError, _NotTakenError)) else files.reason(error)
 
 
 def _first_words(error: Exception) -> str:
