@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from learnax.checkpoint import locks
@@ -36,6 +37,7 @@ class _Hold:
         self.record = record
         self.users: set[Claim] = set()
         self.cleared = False
+        self.changing = threading.RLock()
         self.lost: LostError | None = None
 
 
@@ -112,9 +114,7 @@ class Claim:
             OSError: it cannot be found out.
         """
         with _gate:
-            hold = _holds.get(self._lock)
-            if hold is None or self not in hold.users:
-                raise LostError(f"checkpoints in {self._folder} are not this process's to change any more")
+            hold = self._hold()
             if hold.lost is not None:
                 raise hold.lost
             record = read(self._file)
@@ -125,10 +125,16 @@ class Claim:
             if not isinstance(record, Record):
                 write(self._file, hold.record)
 
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside, no other checkpointer of this process changes the folder."""
+        with self._hold().changing:
+            yield
+
     def clear_once(self) -> bool:
         """Whether this is the first call since the process took the folder: nobody else in it writes there yet."""
         with _gate:
-            hold = _holds[self._lock]
+            hold = self._hold()
             first, hold.cleared = not hold.cleared, True
             return first
 
@@ -140,6 +146,12 @@ class Claim:
                 hold.users.discard(self)
                 if not hold.users:
                     _release(self._lock, self._file)
+
+    def _hold(self) -> _Hold:
+        hold = _holds.get(self._lock)
+        if hold is None or self not in hold.users:
+            raise LostError(f"checkpoints in {self._folder} are not this process's to change any more")
+        return hold
 
     def _acquire(self) -> _Hold:
         self._lock.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from learnax.state import TrainState
 from learnax.utils import leaves_by_path, tree_bytes
 
 _logger = logging.getLogger("learnax")
+_writing = threading.Lock()
+"""Orbax writes one save of a process at a time: of two, each takes the other's files for left-overs."""
 
 
 class SaveError(RuntimeError):
@@ -248,7 +251,8 @@ class Saver:
                 raise self._lost
             if self._processes.count == 1:
                 meta = self._begin(save)
-                files.write(self.folder.draft(save.number), {**save.snapshot.arrays, **save.more}, meta)
+                with _writing:
+                    files.write(self.folder.draft(save.number), {**save.snapshot.arrays, **save.more}, meta)
                 self.folder.commit(save.number)
             else:
                 self._write_together(save)
@@ -265,26 +269,31 @@ class Saver:
         if not self._processes.first:
             return
         try:
-            self.folder.add(save.number, save.entry)
-            self.folder.tidy(self._max_numbered)
-            if not self._swept:
-                self.history.sweep(self.folder.referred, self.claim.check)
-                self._swept = True
+            with self.claim.changing():
+                self._tidy(save)
         except LostError as error:
             self._lose(error)
         except OSError as error:
             self.tell(error, f"old checkpoints could not be removed: {error}")
 
+    def _tidy(self, save: Save) -> None:
+        self.folder.add(save.number, save.entry)
+        self.folder.tidy(self._max_numbered)
+        if not self._swept:
+            self.history.sweep(self.folder.referred, self.claim.check)
+            self._swept = True
+
     def _begin(self, save: Save) -> dict[str, Any]:
         """Makes the folder ready for one more save, and brings its histories to disk; returns its plain values."""
-        self.folder.make()  # before anything else is: a disk that is gone is not to be taken for an empty folder
-        self.claim.check()
-        if self._leaves_behind is not None:
-            self.folder.set_aside(self._leaves_behind)
-            self._leaves_behind = None
-            self.folder.make()
-        if self.claim.clear_once():
-            self.folder.clear()
+        with self.claim.changing():
+            self.folder.make()  # before anything else is: a disk that is gone is not to be taken for an empty folder
+            self.claim.check()
+            if self._leaves_behind is not None:
+                self.folder.set_aside(self._leaves_behind)
+                self._leaves_behind = None
+                self.folder.make()
+            if self.claim.clear_once():
+                self.folder.clear()
         return {**save.meta, "history": self.history.write(save.histories)}
 
     def _write_together(self, save: Save) -> None:
