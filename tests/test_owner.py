@@ -513,3 +513,57 @@ def test_a_process_is_told_from_all_others():
 
 def test_nothing_is_held_that_was_given_back():
     assert not owner._holds
+
+
+# ---- whole trainers
+
+TRAINER = """
+import logging, sys
+from learnax.checkpoint import OwnedError
+from tests.helpers import make_data, make_trainer
+
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+
+class Waiting(list):
+    def __getitem__(self, index):
+        if index == 20:
+            print("trains", flush=True)
+            sys.stdin.readline()
+        return super().__getitem__(index)
+
+try:
+    trainer = make_trainer(registry="tests", save_every=1, num_epochs=1, train_dataset=Waiting(make_data(43)))
+    print("built", flush=True)
+    sys.stdin.readline()
+    trainer.train()
+    print("trained", trainer.checkpointer.load_latest(resume=False)["step"], flush=True)
+except OwnedError as error:
+    print("OwnedError:", error, flush=True)
+"""
+
+
+def test_of_two_trainers_that_start_at_once_one_trains_and_the_other_is_refused(registry_path, tmp_path):
+    command = [sys.executable, "-c", TRAINER]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    first, second = (subprocess.Popen(command, env=env, **pipes) for _ in range(2))
+    try:
+        for each in (first, second):
+            assert each.stdout.readline() == "built\n"
+        first.stdin.write("\n")
+        first.stdin.flush()
+        assert first.stdout.readline() == "trains\n"
+        second.stdin.write("\n")
+        second.stdin.flush()
+        folder = registry_path / "tests" / "trainer" / "checkpoints"
+        assert f"OwnedError: checkpoints in {folder} belong to process {first.pid} on host" in second.stdout.read()
+        third = subprocess.run(command, env=env, input="", capture_output=True, text=True, timeout=100)
+        assert third.stdout.startswith(f"OwnedError: checkpoints in {folder} belong to process {first.pid} on host")
+        first.stdin.write("\n")
+        first.stdin.flush()
+        assert first.stdout.read().splitlines()[-1] == "trained 5"
+        assert list(Checkpointer.at(folder).list_available_checkpoints()) == ["latest", 5]
+    finally:
+        for each in (first, second):
+            each.kill()
+            each.communicate()

@@ -265,9 +265,9 @@ class Checkpointer:
         loaded = self._reader.first_whole(names.find(self._folder, asked), target, resume=resume)
         if loaded is None:
             return None
-        if loaded.save.parent != self._folder.path:
+        if loaded.save.parent.resolve() != self._folder.path:
             return loaded.values | {"number": -1}
-        if loaded.histories is not None and loaded.values["resume"] is not None:
+        if self._processes.first and loaded.histories is not None and loaded.values["resume"] is not None:
             self._saver.history.loaded(loaded.histories, loaded.values["resume"]["history"])
         return loaded.values
 

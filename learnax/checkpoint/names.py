@@ -55,28 +55,28 @@ def listed(folder: Folder) -> dict[str | int, Path]:
         there[BEST] = _best(folder)[0]
     steps: dict[int, Path] = {step: path for step, path in old.items() if isinstance(step, int)}
     for number, entry in entries.items():
-        steps[entry.step] = folder.path / str(number)
+        steps[entry.step] = folder.given / str(number)
         if entry.name is not None:
-            there[entry.name] = folder.path / str(number)
+            there[entry.name] = folder.given / str(number)
     return there | dict(sorted(steps.items()))
 
 
 def _latest(folder: Folder) -> list[Path]:
     old = legacy.find(folder.path)
     steps = sorted((step for step in old if isinstance(step, int)), reverse=True)
-    saves = [folder.path / str(number) for number in reversed(folder.numbers())]
+    saves = [folder.given / str(number) for number in reversed(folder.numbers())]
     return [*saves, *(old[name] for name in (LATEST, *steps) if name in old)]
 
 
 def _best(folder: Folder) -> list[Path]:
     old = legacy.find(folder.path)
-    found = [folder.path / str(n) for n, entry in reversed(folder.entries().items()) if entry.best is not None]
+    found = [folder.given / str(n) for n, entry in reversed(folder.entries().items()) if entry.best is not None]
     return [*found, *([old[BEST]] if BEST in old else [])]
 
 
 def _of_step(folder: Folder, step: int) -> list[Path]:
     old = legacy.find(folder.path)
-    found = [folder.path / str(n) for n, entry in reversed(folder.entries().items()) if entry.step == step]
+    found = [folder.given / str(n) for n, entry in reversed(folder.entries().items()) if entry.step == step]
     return [*found, *([old[step]] if step in old else [])]
 
 
@@ -90,7 +90,7 @@ def _at(path: Path, folder: Folder) -> list[Path]:
 
 def _named(folder: Folder, text: str) -> list[Path]:
     entries = folder.entries()
-    found = [folder.path / str(number) for number, entry in reversed(entries.items()) if entry.name == text]
+    found = [folder.given / str(number) for number, entry in reversed(entries.items()) if entry.name == text]
     if found:
         return found
     if text == BEST:

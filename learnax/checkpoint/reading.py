@@ -41,7 +41,8 @@ class Reader:
 
     def __init__(self, processes: Processes):
         self._processes = processes
-        self._id, self._reads = next(_ids), 0
+        # All processes of a run build those that read together in the same order; others do not count.
+        self._id, self._reads = next(_ids) if processes.count > 1 else 0, 0
 
     def first_whole(self, saves: Sequence[Path], target: TrainState | None, *, resume: bool) -> Loaded | None:
         """The first of these saves that is whole; None where there are none.
