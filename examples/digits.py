@@ -261,7 +261,7 @@ def main():
 
     accuracy = trainer.metrics["val/accuracy"]
     print(f"validation accuracy: {accuracy[-1]:.2%} at the end, {max(accuracy):.2%} at best")
-    print(f"checkpoints: {trainer.checkpointer.path} {trainer.checkpointer.list_available_checkpoints()}")
+    print(f"checkpoints: {trainer.checkpointer.path} {list(trainer.checkpointer.list_available_checkpoints())}")
     print("plots:       " + ", ".join(str(path) for path in sorted(plots.glob("*.png"))))
 
 

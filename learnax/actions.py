@@ -207,7 +207,9 @@ class StateSaver:
 
     def __call__(self, moment: Moment) -> Mapping[str, float]:
         """Saves."""
-        self._checkpointer.maybe_save_checkpoints(moment.state, moment.step, moment.metrics, self._resume_point())
+        self._checkpointer.maybe_save_checkpoints(
+            moment.state, moment.step, moment.metrics, resume=self._resume_point()
+        )
         return {}
 
 

@@ -211,12 +211,12 @@ class Flight:
 def _save_and_restore(state: TrainState, resume: Mapping[str, Any]) -> tuple[float, float]:
     """Saves into a temporary folder and reads that again: the seconds of both."""
     with tempfile.TemporaryDirectory(prefix="learnax-preflight-") as folder:
-        checkpointer = Checkpointer(folder)
+        checkpointer = Checkpointer(folder, "run")
         began = time.perf_counter()
-        checkpointer.save_latest(state, int(state.step), None, resume)
+        checkpointer.save_latest(state, int(state.step), resume=resume)
         checkpointer.wait()
         middle = time.perf_counter()
-        loaded = Checkpointer(folder).load_latest(jax.eval_shape(lambda: state))
+        loaded = Checkpointer(folder, "run").load_latest(target=jax.eval_shape(lambda: state))
         ended = time.perf_counter()
         checkpointer.close()
     assert loaded is not None

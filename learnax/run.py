@@ -169,8 +169,8 @@ class Run:
         Raises:
             FileNotFoundError: there is no such checkpoint.
         """
-        checkpointer = Checkpointer(self.path / "checkpoints")
-        loaded = checkpointer.load_checkpoint(checkpoint)
+        checkpointer = Checkpointer.at(self.path / "checkpoints")
+        loaded = checkpointer.load(checkpoint, resume=False)
         if loaded is None:
             raise FileNotFoundError(f"run {self.id!r} has no checkpoint in {checkpointer.path}")
         return SavedState(loaded)

@@ -132,6 +132,7 @@ class Trainer:
         TypeError: an argument, a loss or a metric of the wrong type.
         ValueError: an argument out of range, data that do not fit, a model that cannot take a datum.
         FileNotFoundError: a checkpoint asked for by name is not there.
+        OwnedError: another process trains in the run's folder.
     """
 
     name = "trainer"
@@ -273,9 +274,9 @@ class Trainer:
             self.processes,
             save_every=save_every,
             checkpoint_every=checkpoint_every,
-            max_checkpoints=max_checkpoints,
-            keep_best_checkpoint=keep_best_checkpoint,
-            best_metric_name=best_metric_name,
+            max_to_keep=max_checkpoints,
+            keep_best=keep_best_checkpoint,
+            metric_name=best_metric_name,
             minimize_metric=minimize_metric,
         )
         voice = self.processes.voice
@@ -469,7 +470,13 @@ class Trainer:
         if self.checkpointer is not None and made_now:
             latest = {name: values[-1] for name, values in self.metrics.items()}
             with self.phases.save:
-                self.checkpointer.update_best_checkpoint(self.train_state, self.log.step, latest, self._resume_point())
+                self.checkpointer.update_best_checkpoint(
+                    self.train_state,
+                    latest[self.best_metric_name],
+                    self.log.step,
+                    metrics=latest,
+                    resume=self._resume_point(),
+                )
         for values in named:
             self.log.send({**values, "step": self.log.step, "epoch": epoch})
         self.profiler.leave(self.log.step, epoch + 1)
@@ -488,7 +495,7 @@ class Trainer:
         """Saves the end of a session, so that nothing of it is lost between two saves."""
         if self.checkpointer is not None:
             with self.phases.save:
-                self.checkpointer.save_latest(self.train_state, self.log.step, None, self._resume_point())
+                self.checkpointer.save_latest(self.train_state, self.log.step, resume=self._resume_point())
                 self.checkpointer.wait()
 
     def _save_stopped(self, why: BaseException) -> None:
@@ -673,7 +680,7 @@ class Trainer:
             target = self._shapes()
             if self.load_weights:
                 target = target._replace(opt_state=None)
-            loaded = self.checkpointer.load_checkpoint(self.load_checkpoint, target)
+            loaded = self.checkpointer.load(self.load_checkpoint, target=target, resume=not self.load_weights)
             if loaded is None:
                 _logger.warning("no checkpoint in %s yet: starting fresh", self.checkpointer.path)
         goes_on = loaded is not None and not self.load_weights
@@ -878,7 +885,9 @@ def _checkpointer(
         registry = Registry(registry)
     # Each process may have a run of its own, with an id of its own.
     path = processes.from_first(str(registry.checkpoints(Trainer.name if run is None else run.id)))
-    return Checkpointer(path, processes=processes, **policy)
+    checkpointer = Checkpointer.at(path, processes=processes, **policy)
+    checkpointer.check_free()
+    return checkpointer
 
 
 def _one_or_more(val_datasets: Any, val_dataset: Any) -> Any:
@@ -897,7 +906,7 @@ def _sample_params(given: Any) -> Mapping[str, Any] | None:
     """Parameters to merge for sampling: a mapping as it is, a path as the checkpoints folder to read."""
     if given is None or isinstance(given, Mapping):
         return given
-    loaded = Checkpointer(expanded(given, "sample_params")).load_latest()
+    loaded = Checkpointer.at(expanded(given, "sample_params")).load_latest(resume=False)
     if loaded is None:
         raise FileNotFoundError(f"sample_params: no checkpoint in {given}; give a checkpoints folder or a mapping")
     return loaded["state"].params

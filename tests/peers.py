@@ -349,7 +349,7 @@ def resumed(results):
         results["ends"] = trainer.log.step
     results["state"] = jax.tree.map(trainer.engine.whole, trainer.train_state)
     results["metrics"] = {name: values for name, values in trainer.metrics.items() if "update_time" not in name}
-    results["checkpoints"] = trainer.checkpointer.list_available_checkpoints()
+    results["checkpoints"] = list(trainer.checkpointer.list_available_checkpoints())
 
 
 def named_runs(results):

@@ -44,7 +44,7 @@ def make(tmp_path):
     made = []
 
     def one(**options):
-        made.append(Checkpointer(tmp_path / "checkpoints", **options))
+        made.append(Checkpointer.at(tmp_path / "checkpoints", **options))
         return made[-1]
 
     yield one
@@ -80,7 +80,7 @@ def test_maybe_save_saves_what_is_due_and_says_whether_it_did(make):
     checkpointer = make(save_every=2, checkpoint_every=3)
     saved = [step for step in range(8) if checkpointer.maybe_save_checkpoints(make_state(step), step, {"loss": 1.0})]
     assert saved == [2, 3, 4, 6]
-    assert checkpointer.list_available_checkpoints() == ["latest", 3, 4, 6]
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", 3, 4, 6]
     checkpointer.close()
     assert len(saves_in(checkpointer.path)) == 3  # step 6 once, though both were due
     assert checkpointer.load_latest()["metrics"] == {"loss": 1.0}
@@ -95,7 +95,7 @@ def test_a_state_comes_back_as_it_was_in_its_containers(make, rate, targeted):
     state = make_state(7, adam(rate))
     checkpointer = make()
     checkpointer.save_latest(state, 7)
-    loaded = checkpointer.load_latest(jax.eval_shape(lambda: state) if targeted else None)["state"]
+    loaded = checkpointer.load_latest(target=jax.eval_shape(lambda: state) if targeted else None)["state"]
     assert type(loaded) is TrainState
     assert jax.tree.structure(loaded) == jax.tree.structure(state)
     assert_trees_equal(loaded, state)
@@ -109,7 +109,7 @@ def test_another_optimisers_state_comes_back_in_the_targets_containers_or_as_dic
     state = make_state(1, optax.chain(optax.clip(1.0), optax.sgd(1e-2, momentum=0.9)))
     checkpointer = make()
     checkpointer.save_latest(state, 1)
-    loaded = checkpointer.load_latest(state)["state"]
+    loaded = checkpointer.load_latest(target=state)["state"]
     assert jax.tree.structure(loaded.opt_state) == jax.tree.structure(state.opt_state)
     assert_trees_equal(loaded, state)
     plain = checkpointer.load_latest()["state"]
@@ -120,7 +120,7 @@ def test_another_optimisers_state_comes_back_in_the_targets_containers_or_as_dic
 def test_a_target_without_an_optimiser_reads_the_parameters_alone(make):
     checkpointer = make()
     checkpointer.save_latest(make_state(3), 3)
-    state = checkpointer.load_latest(TrainState(make_params(), None))["state"]
+    state = checkpointer.load_latest(target=TrainState(make_params(), None))["state"]
     assert state.opt_state is None
     assert_trees_equal(state.params, make_params(3.0))
 
@@ -148,7 +148,7 @@ def test_step_and_metrics_may_be_scalars_of_any_library(make):
 @pytest.mark.parametrize("metrics", [None, {"loss": 0.25}], ids=["no metrics", "metrics"])
 def test_the_resume_point_comes_back_bit_for_bit(make, metrics):
     checkpointer = make()
-    checkpointer.save_checkpoint(make_state(5), 5, metrics, RESUME)
+    checkpointer.save_checkpoint(make_state(5), 5, metrics, resume=RESUME)
     loaded = checkpointer.load_checkpoint(5)
     resume = loaded["resume"]
     np.testing.assert_array_equal(resume["rng"], RESUME["rng"])
@@ -161,7 +161,7 @@ def test_a_state_without_parameters_can_be_saved(make):
     checkpointer = make()
     state = TrainState({}, optax.EmptyState(), jnp.int32(1))
     checkpointer.save_latest(state, 1)
-    assert_trees_equal(checkpointer.load_latest(state)["state"], state)
+    assert_trees_equal(checkpointer.load_latest(target=state)["state"], state)
 
 
 def test_the_state_that_was_saved_may_be_donated_right_after(make):
@@ -171,7 +171,7 @@ def test_the_state_that_was_saved_may_be_donated_right_after(make):
     expected = jax.tree.map(np.array, state)
     checkpointer.save_latest(state, 2)
     step(state)
-    assert_trees_equal(checkpointer.load_latest(expected)["state"], expected)
+    assert_trees_equal(checkpointer.load_latest(target=expected)["state"], expected)
 
 
 # ---- what is kept
@@ -183,17 +183,17 @@ def test_a_later_latest_takes_the_place_of_the_one_before(make):
         checkpointer.save_latest(make_state(step), step)
     checkpointer.close()
     assert len(saves_in(checkpointer.path)) == 2  # and the one before, should it be damaged
-    assert checkpointer.list_available_checkpoints() == ["latest", 2, 3]
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", 2, 3]
     assert step_of(checkpointer.load_latest()) == 3
 
 
 def test_of_two_saves_at_one_step_the_later_one_counts(make):
-    checkpointer = make(max_checkpoints=2)
+    checkpointer = make(max_to_keep=2)
     for step, loss in ((1, 0.0), (2, 1.0), (2, 2.0)):
         checkpointer.save_checkpoint(make_state(step), step, {"loss": loss})
     assert checkpointer.load_latest()["metrics"] == {"loss": 2.0}
     assert checkpointer.load_checkpoint(2)["metrics"] == {"loss": 2.0}
-    assert checkpointer.list_available_checkpoints() == ["latest", 1, 2]  # two of two steps
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", 1, 2]  # two of two steps
     checkpointer.save_latest(make_state(2), 2, {"loss": 3.0})
     assert checkpointer.load_latest()["metrics"] == checkpointer.load_checkpoint(2)["metrics"] == {"loss": 3.0}
     checkpointer.close()
@@ -202,17 +202,17 @@ def test_of_two_saves_at_one_step_the_later_one_counts(make):
 
 @pytest.mark.parametrize(("most", "kept"), [(None, [1, 2, 3, 4]), (2, [3, 4]), (1, [4])])
 def test_only_the_newest_numbered_ones_are_kept(make, most, kept):
-    checkpointer = make(max_checkpoints=most)
+    checkpointer = make(max_to_keep=most)
     for step in (1, 2, 3, 4):
         checkpointer.save_checkpoint(make_state(step), step)
     checkpointer.save_latest(make_state(5), 5)
     checkpointer.close()
-    assert checkpointer.list_available_checkpoints() == ["latest", *kept, 5]
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", *kept, 5]
     assert len(saves_in(checkpointer.path)) == len(kept) + 1
-    again = make(max_checkpoints=most)
+    again = make(max_to_keep=most)
     again.save_checkpoint(make_state(6), 6)
     kept = [*kept, 6] if most is None else [*kept, 6][-most:]
-    assert again.list_available_checkpoints() == ["latest", *sorted([*kept, 5])]
+    assert list(again.list_available_checkpoints()) == ["latest", *sorted([*kept, 5])]
 
 
 @pytest.mark.parametrize(
@@ -220,42 +220,44 @@ def test_only_the_newest_numbered_ones_are_kept(make, most, kept):
     [(True, [3.0, 1.0, 2.0, 1.0], [1, 2]), (False, [0.1, 0.3, 0.2, 0.3], [1, 2]), (True, [math.nan, 5.0], [2])],
 )
 def test_the_best_is_kept_through_later_saves(make, minimize, values, best):
-    checkpointer = make(keep_best_checkpoint=True, best_metric_name="val/score", minimize_metric=minimize)
+    checkpointer = make(keep_best=True, metric_name="val/score", minimize_metric=minimize)
     for step, value in enumerate(values, start=1):
         metrics = {"val/score": value, "other": 0.0}
-        assert checkpointer.update_best_checkpoint(make_state(step), step, metrics) is (step in best)
+        better = checkpointer.update_best_checkpoint(make_state(step), value, step, metrics=metrics)
+        assert better is (step in best)
         checkpointer.save_latest(make_state(step + 10), step + 10)
     loaded = checkpointer.load_best()
     assert step_of(loaded) == best[-1]
     assert loaded["metrics"] == {"val/score": values[best[-1] - 1], "other": 0.0}
     last = 10 + len(values)
     spare = [last - 1] if best[-1] < len(values) else []
-    assert checkpointer.list_available_checkpoints() == ["latest", "best", best[-1], *spare, last]
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", "best", best[-1], *spare, last]
     checkpointer.close()
     assert len(saves_in(checkpointer.path)) == 2 + len(spare)
-    again = make(keep_best_checkpoint=True, best_metric_name="val/score", minimize_metric=minimize)
-    assert not again.update_best_checkpoint(make_state(20), 20, {"val/score": values[best[-1] - 1]})
+    again = make(keep_best=True, metric_name="val/score", minimize_metric=minimize)
+    assert not again.update_best_checkpoint(make_state(20), values[best[-1] - 1], 20)
 
 
 def test_nothing_is_the_best_without_its_metric_or_without_being_asked_for(make):
-    metrics = {"val/loss": 1.0}
-    asked = make(keep_best_checkpoint=True)
-    assert not asked.update_best_checkpoint(make_state(1), 1, {"val/rmse": 1.0})
-    assert not asked.update_best_checkpoint(make_state(1), 1, {"val/loss": math.nan})
-    assert not make().update_best_checkpoint(make_state(1), 1, metrics)
+    asked = make(keep_best=True)
+    assert asked.maybe_save_checkpoints(make_state(1), 1, {"val/rmse": 1.0}) == {}
+    assert not asked.update_best_checkpoint(make_state(1), math.nan, 1)
+    assert not make().update_best_checkpoint(make_state(1), 1.0, 1)
     assert not asked.path.exists()
-    assert asked.update_best_checkpoint(make_state(1), 1, metrics) is True
+    with pytest.raises(TypeError, match=r"takes the value of 'val/loss', a number, but got a dict of metrics$"):
+        asked.update_best_checkpoint(make_state(1), {"val/loss": 1.0})
+    assert asked.update_best_checkpoint(make_state(1), np.float32(1.0)) is True
 
 
 # ---- what a name stands for
 
 
 def test_every_form_of_asking_finds_its_checkpoint(make):
-    checkpointer = make(keep_best_checkpoint=True)
+    checkpointer = make(keep_best=True)
     checkpointer.save_checkpoint(make_state(300), 300)
-    checkpointer.update_best_checkpoint(make_state(400), 400, {"val/loss": 1.0})
+    checkpointer.update_best_checkpoint(make_state(400), 1.0, 400)
     checkpointer.save_latest(make_state(500), 500)
-    for latest in (True, -1, np.int64(-1), "3kx81bz0", "12345678", "latest", ""):
+    for latest in (True, -1, np.int64(-1), "3kx81bz0", "latest", "", "-1"):
         assert step_of(checkpointer.load_checkpoint(latest)) == 500
     for numbered in (300, "300", np.int32(300)):
         assert step_of(checkpointer.load_checkpoint(numbered)) == 300
@@ -267,9 +269,10 @@ def test_a_named_one_that_is_missing_is_an_error_with_those_there_are(make):
     checkpointer = make()
     checkpointer.save_checkpoint(make_state(3), 3)
     checkpointer.save_latest(make_state(5), 5)
-    for name in (4, 0, -2, "best"):
+    for name in (4, 0, -2, "best", "12345678"):
+        assert checkpointer.load_checkpoint(name) is None
         with pytest.raises(FileNotFoundError) as error:
-            checkpointer.load_checkpoint(name)
+            checkpointer.load(name)
         assert str(error.value) == f"no checkpoint '{name}' in {checkpointer.path}; there are: latest, 3, 5"
 
 
@@ -277,21 +280,19 @@ def test_asking_by_another_type_is_an_error(make):
     for asked in (None, False, 3.0, [3], b"best"):
         with pytest.raises(TypeError) as error:
             make().load_checkpoint(asked)
-        assert str(error.value) == (f"load_checkpoint must be True, -1, 'best', a step or a run's id, but is {asked!r}")
+        expected = f"load_checkpoint must be True, -1, 'best', a step, a path or a run's id, but is {asked!r}"
+        assert str(error.value) == expected
 
 
 def test_reading_where_nothing_was_saved_finds_nothing_and_makes_nothing(make):
     checkpointer = make()
-    assert checkpointer.list_available_checkpoints() == []
-    assert (
-        checkpointer.load_latest()
-        is checkpointer.load_checkpoint("run id")
-        is checkpointer.load_checkpoint("7")
-        is None
-    )
-    for load in (checkpointer.load_best, lambda: checkpointer.load_checkpoint(7)):
+    assert list(checkpointer.list_available_checkpoints()) == []
+    asked = (True, "run id", "7", 7, "best")
+    assert [checkpointer.load_checkpoint(name) for name in asked] == [None] * 5
+    assert checkpointer.load_latest() is checkpointer.load_best() is None
+    for name in ("7", 7, "best"):
         with pytest.raises(FileNotFoundError, match=r"no checkpoint '(best|7)' in .*checkpoints; there are: none$"):
-            load()
+            checkpointer.load(name)
     checkpointer.wait()
     checkpointer.close()
     assert not checkpointer.path.exists()
@@ -303,7 +304,7 @@ def test_a_checkpoint_that_does_not_fit_names_every_leaf_that_differs(make):
     bias, kernel = jnp.zeros(3, jnp.float32), jnp.zeros((2, 4))
     target = TrainState({"Dense_0": {"kernel": kernel, "bias": bias}, "Dense_1": {"bias": bias}}, None)
     with pytest.raises(ValueError, match="does not match") as error:
-        checkpointer.load_latest(target)
+        checkpointer.load_latest(target=target)
     assert str(error.value) == (
         f"checkpoint {checkpointer.path / '0'} does not match this model and optimiser; leaves that differ (4):\n"
         "  params/Dense_0/bias: bfloat16[3] in the checkpoint, float32[3] in the model\n"
@@ -326,7 +327,7 @@ from learnax.state import TrainState
 def state(step):
     return TrainState({{"wide": jnp.full((3000, 3000), step), "scale": jnp.float32(step)}}, {{}}, jnp.int32(step))
 
-checkpointer = Checkpointer({str(tmp_path / "checkpoints")!r})
+checkpointer = Checkpointer.at({str(tmp_path / "checkpoints")!r})
 checkpointer.save_latest(state(1), 1)
 checkpointer.wait()
 checkpointer.save_latest(state(2), 2)
@@ -338,37 +339,37 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert killed.returncode == -9, killed.stderr
     checkpointer = make()
     assert any("tmp" in entry.name for entry in checkpointer.path.iterdir())
-    assert checkpointer.list_available_checkpoints() == ["latest", 1]
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", 1]
     assert step_of(checkpointer.load_latest()) == 1
     checkpointer.save_latest(make_state(3), 3)
     checkpointer.close()
     assert saves_in(checkpointer.path) == [0, 1]
-    assert checkpointer.list_available_checkpoints() == ["latest", 1, 3]
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", 1, 3]
 
 
 @pytest.mark.parametrize("text", [None, "", '{"0": [1, tr'], ids=["lost", "empty", "cut short"])
 def test_without_its_index_a_folder_says_the_same(make, text):
-    options = {"max_checkpoints": 2, "keep_best_checkpoint": True}
+    options = {"max_to_keep": 2, "keep_best": True}
     checkpointer = make(**options)
     for step in (1, 2):
         checkpointer.save_checkpoint(make_state(step), step)
-    checkpointer.update_best_checkpoint(make_state(3), 3, {"val/loss": 1.0})
+    checkpointer.update_best_checkpoint(make_state(3), 1.0, 3)
     checkpointer.save_latest(make_state(4), 4)
     checkpointer.close()
     index = checkpointer.path / "index.json"
     index.unlink() if text is None else index.write_text(text)
 
     again = make(**options)
-    assert again.list_available_checkpoints() == ["latest", "best", 1, 2, 3, 4]
+    assert list(again.list_available_checkpoints()) == ["latest", "best", 1, 2, 3, 4]
     assert step_of(again.load_latest()) == 4
     assert [step_of(again.load_checkpoint(name)) for name in (1, "2", "best")] == [1, 2, 3]
     saver = make(**options)
-    assert not saver.update_best_checkpoint(make_state(5), 5, {"val/loss": 2.0})
+    assert not saver.update_best_checkpoint(make_state(5), 2.0, 5)
     saver.save_latest(make_state(5), 5)
-    assert saver.list_available_checkpoints() == ["latest", "best", 1, 2, 3, 4, 5]
+    assert list(saver.list_available_checkpoints()) == ["latest", "best", 1, 2, 3, 4, 5]
     saver.save_checkpoint(make_state(6), 6)
     saver.close()
-    assert make().list_available_checkpoints() == ["latest", "best", 2, 3, 5, 6]
+    assert list(make().list_available_checkpoints()) == ["latest", "best", 2, 3, 5, 6]
 
 
 def test_a_past_that_was_left_is_moved_aside_and_can_still_be_read(make, tmp_path, caplog):
@@ -380,29 +381,29 @@ def test_a_past_that_was_left_is_moved_aside_and_can_still_be_read(make, tmp_pat
 
     goes_on = make()
     goes_on.leave_behind(number)
-    assert goes_on.list_available_checkpoints() == ["latest", 1, 2, 3]  # until it saves
+    assert list(goes_on.list_available_checkpoints()) == ["latest", 1, 2, 3]  # until it saves
     with caplog.at_level(logging.WARNING, "learnax"):
         goes_on.save_checkpoint(make_state(3), 3, {"loss": 1.0})
         goes_on.wait()
     aside = tmp_path / "checkpoints.1"
     assert caplog.messages == [f"1 checkpoint(s) of an earlier run moved to {aside}"]
-    assert goes_on.list_available_checkpoints() == ["latest", 1, 2, 3]
+    assert list(goes_on.list_available_checkpoints()) == ["latest", 1, 2, 3]
     assert goes_on.load_checkpoint(3)["metrics"] == {"loss": 1.0}
     goes_on.close()
 
     fresh = make()
     fresh.leave_behind(None)
     fresh.save_latest(make_state(1), 1)
-    assert fresh.list_available_checkpoints() == ["latest", 1]
-    assert Checkpointer(aside).list_available_checkpoints() == ["latest", 3]
-    assert Checkpointer(aside).load_checkpoint(3)["metrics"] == {"loss": 0.0}
-    assert Checkpointer(tmp_path / "checkpoints.2").list_available_checkpoints() == ["latest", 1, 2, 3]
+    assert list(fresh.list_available_checkpoints()) == ["latest", 1]
+    assert list(Checkpointer.at(aside).list_available_checkpoints()) == ["latest", 3]
+    assert Checkpointer.at(aside).load_checkpoint(3)["metrics"] == {"loss": 0.0}
+    assert list(Checkpointer.at(tmp_path / "checkpoints.2").list_available_checkpoints()) == ["latest", 1, 2, 3]
 
 
 def test_a_kill_after_a_past_was_left_leaves_no_word_of_it(make, monkeypatch):
-    checkpointer = make(keep_best_checkpoint=True)
+    checkpointer = make(keep_best=True)
     checkpointer.save_checkpoint(make_state(1), 1)
-    checkpointer.update_best_checkpoint(make_state(2), 2, {"val/loss": 1.0})
+    checkpointer.update_best_checkpoint(make_state(2), 1.0, 2)
     checkpointer.close()
     goes_on = make()
     goes_on.leave_behind(0)
@@ -410,7 +411,7 @@ def test_a_kill_after_a_past_was_left_leaves_no_word_of_it(make, monkeypatch):
         killed.setattr(Folder, "add", lambda self, number, entry: None)  # between the save and its entry
         goes_on.save_latest(make_state(7), 7)
         goes_on.wait()
-    assert make().list_available_checkpoints() == ["latest", 1, 7]
+    assert list(make().list_available_checkpoints()) == ["latest", 1, 7]
     assert step_of(make().load_checkpoint(7)) == 7
 
 

@@ -70,7 +70,7 @@ logging.basicConfig(format="%(message)s", stream=sys.stdout)
 trainer = wide()
 
 def limit(size):
-    trainer.checkpointer._writer.wait()
+    trainer.checkpointer._saver.writer.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
 
 trainer._saves.append(At(6, lambda: limit(100_000)))
@@ -95,7 +95,7 @@ def test_a_disk_that_is_full_for_a_while_ends_nothing_and_is_told_of_once(tmp_pa
     assert re.match(r"the checkpoint of step 10 could not be saved: .*(EFBIG|[Ff]ile too large)", failures[0])
     assert failures[0].endswith("checkpoints/0; training goes on, and the next save tries again")
     assert lines[-2] == "steps 15 latest 15"
-    assert re.match(r"left \['\d', '\d', 'index.json'\]", lines[-1])  # no half a save is left
+    assert re.match(r"left \['\d', '\d', 'history', 'index.json'\]", lines[-1])  # no half a save is left
 
 
 def test_a_disk_that_stays_full_leaves_the_last_good_one_and_raises_at_the_end(tmp_path, registry_path):
@@ -105,7 +105,7 @@ def test_a_disk_that_stays_full_leaves_the_last_good_one_and_raises_at_the_end(t
     assert raised.startswith("raised: the checkpoint of step 15 could not be saved: ")
     assert raised.endswith("the newest whole one is " + str(registry_path / "tests" / "memory" / "checkpoints" / "0"))
     assert sum("could not be saved" in line for line in lines) == 2  # once when it began, and what is raised
-    assert lines[-2:] == ["steps 15 latest 5", "left ['0', 'index.json']"]
+    assert lines[-2:] == ["steps 15 latest 5", "left ['0', 'history', 'index.json']"]
 
 
 def test_a_folder_that_is_gone_is_made_again(registry_path):
@@ -113,7 +113,7 @@ def test_a_folder_that_is_gone_is_made_again(registry_path):
     trainer._saves.append(At(7, lambda: (trainer.checkpointer.wait(), shutil.rmtree(trainer.checkpointer.path))))
     trainer.train()
     assert on_disk(registry_path).load_latest()["step"] == 15
-    assert on_disk(registry_path).list_available_checkpoints() == ["latest", 15]
+    assert list(on_disk(registry_path).list_available_checkpoints()) == ["latest", 15]
 
 
 def test_a_folder_that_became_something_else_is_told_of_and_raised_at_the_end(registry_path, caplog):
@@ -127,7 +127,7 @@ def test_a_folder_that_became_something_else_is_told_of_and_raised_at_the_end(re
 
     trainer._saves.append(At(7, replace))
     with pytest.raises(
-        SaveError, match=r"^the checkpoint of step 15 could not be saved: .*; there is no whole one yet$"
+        SaveError, match=r"^the checkpoint of step 15 could not be saved: .*; which ones there are cannot be seen: "
     ):
         trainer.train()
     assert len(trainer.metrics["train/loss"]) == 15
@@ -149,7 +149,7 @@ def test_storage_that_is_slower_than_the_cadence_skips_saves_and_says_so_once(tm
     write, gate = files.write, threading.Semaphore(0)
     monkeypatch.setattr(files, "write", lambda *args: (gate.acquire(), write(*args)))
     monkeypatch.setattr(writer, "PENDING", 2)
-    checkpointer = Checkpointer(tmp_path / "slow", save_every=1, checkpoint_every=10)
+    checkpointer = Checkpointer.at(tmp_path / "slow", save_every=1, checkpoint_every=10)
     saved = [step for step in range(1, 10) if checkpointer.maybe_save_checkpoints(make_state(step), step)]
     assert saved == [1, 2]
     threading.Timer(0.5, gate.release).start()
@@ -161,7 +161,7 @@ def test_storage_that_is_slower_than_the_cadence_skips_saves_and_says_so_once(tm
     gate.release(10)
     checkpointer.wait()
     checkpointer.close()
-    assert checkpointer.list_available_checkpoints() == ["latest", 2, 10]
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", 2, 10]
     assert caplog.messages == [
         "the save of step 3 is skipped: the one before it is still being written; where storage is slower than "
         "save_every or checkpoint_every, save less often",
@@ -172,9 +172,9 @@ def test_storage_that_is_slower_than_the_cadence_skips_saves_and_says_so_once(tm
 def test_large_states_wait_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "PENDING_BYTES", 1 << 20)
     write, taken = files.write, []
-    checkpointer = Checkpointer(tmp_path / "large", save_every=1)
+    checkpointer = Checkpointer.at(tmp_path / "large", save_every=1)
     monkeypatch.setattr(
-        files, "write", lambda *args: (time.sleep(0.2), taken.append(len(checkpointer._pending)), write(*args))
+        files, "write", lambda *args: (time.sleep(0.2), taken.append(len(checkpointer._saver.pending)), write(*args))
     )
     for step in (1, 2, 3):
         make_wide(checkpointer, step)  # by hand: waits, and is not skipped
@@ -196,16 +196,16 @@ def test_a_save_leaves_the_state_to_be_updated_in_place(devices):
 
 
 def test_copies_are_made_into_the_same_memory_again(tmp_path):
-    checkpointer = Checkpointer(tmp_path / "memory")
+    checkpointer = Checkpointer.at(tmp_path / "memory")
     checkpointer.prepare(make_state(1))
     checkpointer.wait()
-    (memory,) = checkpointer._camera._free
+    (memory,) = checkpointer._saver._camera._free
     addresses = {path: buffer.ctypes.data for path, buffer in memory.items()}
     checkpointer.prepare(make_state(1))  # as each call of train() does
     for step in (1, 2):
         checkpointer.save_latest(make_state(step), step)
         checkpointer.wait()
-    (memory,) = checkpointer._camera._free
+    (memory,) = checkpointer._saver._camera._free
     assert {path: buffer.ctypes.data for path, buffer in memory.items()} == addresses
     assert set(addresses) >= {"params/Dense_0/kernel", "params/Dense_0/bias", "step"}
     assert step_of(checkpointer.load_latest()) == 2
@@ -213,7 +213,7 @@ def test_copies_are_made_into_the_same_memory_again(tmp_path):
 
 def test_arrays_without_elements_come_back(tmp_path):
     params = {"none": jnp.zeros((0, 3), jnp.bfloat16), "some": jnp.ones(2)}
-    checkpointer = Checkpointer(tmp_path / "empty")
+    checkpointer = Checkpointer.at(tmp_path / "empty")
     checkpointer.save_latest(TrainState(params, {}, 1), 1)
     loaded = checkpointer.load_latest()["state"]
     assert_trees_equal(loaded.params, params)
@@ -221,7 +221,7 @@ def test_arrays_without_elements_come_back(tmp_path):
 
 
 def test_histories_are_saved_as_they_are_however_they_grew(tmp_path):
-    checkpointer = Checkpointer(tmp_path / "history")
+    checkpointer = Checkpointer.at(tmp_path / "history")
     resume = {"rng": np.zeros(2, np.uint32), "position": {}}
     first, rng = [], np.random.default_rng(0)
     for length in (0, 1, 5, 5, 40):
@@ -236,18 +236,18 @@ def test_histories_are_saved_as_they_are_however_they_grew(tmp_path):
 
 
 def test_a_best_save_that_failed_is_not_taken_for_the_best(tmp_path, monkeypatch, caplog):
-    checkpointer = Checkpointer(tmp_path / "best", keep_best_checkpoint=True)
-    assert checkpointer.update_best_checkpoint(make_state(1), 1, {"val/loss": 2.0})
+    checkpointer = Checkpointer.at(tmp_path / "best", keep_best=True)
+    assert checkpointer.update_best_checkpoint(make_state(1), 2.0, 1)
     checkpointer.wait()
     with monkeypatch.context() as full:
         full.setattr(files, "write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        assert checkpointer.update_best_checkpoint(make_state(2), 2, {"val/loss": 1.0})
+        assert checkpointer.update_best_checkpoint(make_state(2), 1.0, 2)
         with pytest.raises(SaveError, match="No space left"):
             checkpointer.wait()
     assert step_of(checkpointer.load_best()) == 1
-    assert checkpointer.update_best_checkpoint(make_state(3), 3, {"val/loss": 1.5})
+    assert checkpointer.update_best_checkpoint(make_state(3), 1.5, 3)
     assert step_of(checkpointer.load_best()) == 3
-    assert not checkpointer.update_best_checkpoint(make_state(4), 4, {"val/loss": 1.75})
+    assert not checkpointer.update_best_checkpoint(make_state(4), 1.75, 4)
 
 
 # ---- files that are not what was written
@@ -256,10 +256,10 @@ def test_a_best_save_that_failed_is_not_taken_for_the_best(tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def two_saves(tmp_path_factory):
     path = tmp_path_factory.mktemp("two") / "checkpoints"
-    checkpointer = Checkpointer(path)
+    checkpointer = Checkpointer.at(path)
     resume = {"rng": np.array([3, 4], np.uint32), "position": {"epoch": 1}, "history": {"train/loss": [0.5] * 50}}
     for step in (1, 2):
-        checkpointer.save_latest(make_state(step), step, {"loss": 0.25}, resume)
+        checkpointer.save_latest(make_state(step), step, {"loss": 0.25}, resume=resume)
     checkpointer.wait()
     return path
 
@@ -285,14 +285,14 @@ def spoil(folder, chance):
 def test_damage_anywhere_is_noticed_and_the_one_before_is_taken(two_saves, tmp_path, caplog):
     seed = random.SystemRandom().randrange(1 << 32)
     chance = random.Random(seed)
-    expected = Checkpointer(two_saves).load_latest()
+    expected = Checkpointer.at(two_saves).load_latest()
     noticed = 0
     for trial in range(60):
         path = tmp_path / "spoiled"
         shutil.copytree(two_saves, path)
         what = f"trial {trial} of seed {seed}: {spoil(path / '1', chance)}"
         caplog.clear()
-        loaded = Checkpointer(path).load_latest(make_state(0))
+        loaded = Checkpointer.at(path).load_latest(target=make_state(0))
         messages = [record.getMessage() for record in caplog.records if record.name == "learnax"]
         if messages:
             noticed += 1
@@ -333,16 +333,16 @@ def test_where_all_are_damaged_that_is_an_error_and_no_fresh_start(registry_path
     trained(num_epochs=1)
     path = on_disk(registry_path).path
     for save in path.iterdir():
-        if save.is_dir():
+        if save.name.isdecimal():
             shutil.rmtree(save / "state")
     with pytest.raises(DamagedError, match=r"^checkpoint .* is damaged: .*; there is no other one that would do$"):
         make(load_checkpoint=True)
 
 
 def test_a_named_checkpoint_that_is_damaged_is_not_replaced_by_another(tmp_path):
-    checkpointer = Checkpointer(tmp_path / "named", keep_best_checkpoint=True)
+    checkpointer = Checkpointer.at(tmp_path / "named", keep_best=True)
     checkpointer.save_checkpoint(make_state(1), 1)
-    checkpointer.update_best_checkpoint(make_state(2), 2, {"val/loss": 1.0})
+    checkpointer.update_best_checkpoint(make_state(2), 1.0, 2)
     checkpointer.save_checkpoint(make_state(3), 3)
     checkpointer.wait()
     (checkpointer.path / "1" / "meta" / "metadata").write_text("{}")
@@ -368,16 +368,16 @@ def test_old_checkpoints_load_through_the_same_calls_until_there_are_newer_ones(
     write_old(path, 100)
     write_old(path, 200, metrics={"val/loss": 0.5})
     (path / "state_best.pyd").write_bytes((path / "state_100.pyd").read_bytes())
-    checkpointer = Checkpointer(path, keep_best_checkpoint=True)
-    assert checkpointer.list_available_checkpoints() == ["latest", "best", 100, 200]
+    checkpointer = Checkpointer.at(path, keep_best=True)
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", "best", 100, 200]
     assert step_of(checkpointer.load_latest()) == 200
     assert step_of(checkpointer.load_checkpoint("a run's id")) == 200
-    assert step_of(checkpointer.load_best(make_state(0))) == 100
-    loaded = checkpointer.load_checkpoint(200, make_state(0))
+    assert step_of(checkpointer.load_best(target=make_state(0))) == 100
+    loaded = checkpointer.load_checkpoint(200, target=make_state(0))
     assert (loaded["metrics"], loaded["time"], loaded["resume"]) == ({"val/loss": 0.5}, 1.7e9 + 200, None)
     assert_trees_equal(loaded["state"], make_state(200))
     checkpointer.save_latest(make_state(300), 300)
-    assert checkpointer.list_available_checkpoints() == ["latest", "best", 100, 200, 300]
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", "best", 100, 200, 300]
     assert step_of(checkpointer.load_latest()) == 300
     assert step_of(checkpointer.load_checkpoint(100)) == 100
 
@@ -386,7 +386,7 @@ def test_of_a_torn_old_checkpoint_the_one_before_is_taken(tmp_path, caplog):
     path = tmp_path / "old"
     write_old(path, 100)
     os.truncate(path / "state_latest.pyd", 500)  # as a kill in the midst of 0.1.0's save left it
-    assert step_of(Checkpointer(path).load_latest()) == 100
+    assert step_of(Checkpointer.at(path).load_latest()) == 100
     assert "state_latest.pyd (500 bytes) is torn, or is not a checkpoint of learnax 0.1.0" in caplog.messages[0]
     assert caplog.messages[1] == "the checkpoint before it is taken in its place: that of step 100"
 

@@ -120,7 +120,7 @@ def test_a_process_alone_reads_what_several_have_saved(tmp_path):
     from learnax.checkpoint import Checkpointer
 
     ended = run(tmp_path, "saved", 2, 1, num_epochs=1, shard_state=True, width=WIDTH)
-    loaded = Checkpointer(tmp_path / "registry" / "tests" / "trainer" / "checkpoints").load_latest()
+    loaded = Checkpointer.at(tmp_path / "registry" / "tests" / "trainer" / "checkpoints").load_latest()
     assert_trees_equal(host(loaded["state"].params), ended[0].results["state"].params)
 
 

@@ -104,8 +104,8 @@ def test_a_run_that_the_devices_cannot_hold_is_an_error_and_nothing_is_dispatche
 def test_a_checkpoint_that_does_not_come_back_is_an_error_by_name(monkeypatch):
     load = preflight.Checkpointer.load_latest
 
-    def other(self, target):
-        loaded = load(self, target)
+    def other(self, *, target):
+        loaded = load(self, target=target)
         return {**loaded, "state": loaded["state"]._replace(step=loaded["state"].step + 1)}
 
     monkeypatch.setattr(preflight.Checkpointer, "load_latest", other)

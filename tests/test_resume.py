@@ -60,7 +60,7 @@ def assert_same_run(left, right):
 
 
 def on_disk(registry_path, name="checkpoints"):
-    return Checkpointer(registry_path / "tests" / MemoryRun.id / name)
+    return Checkpointer.at(registry_path / "tests" / MemoryRun.id / name)
 
 
 # ---- going on
@@ -225,7 +225,7 @@ def test_a_fresh_start_moves_what_was_there_aside(registry_path, falsy, caplog):
 def test_fresh_starts_never_write_over_one_another(registry_path):
     for seed in range(3):
         trained(seed=seed, num_epochs=1, val_datasets=None)
-    folders = sorted(path.name for path in (registry_path / "tests" / MemoryRun.id).iterdir())
+    folders = sorted(path.name for path in (registry_path / "tests" / MemoryRun.id).iterdir() if path.is_dir())
     assert folders == ["checkpoints", "checkpoints.1", "checkpoints.2"]
     states = [on_disk(registry_path, name).load_latest()["state"] for name in folders]
     expected = [trained(seed=seed, num_epochs=1, val_datasets=None, registry=None).train_state for seed in (2, 0, 1)]
@@ -234,13 +234,13 @@ def test_fresh_starts_never_write_over_one_another(registry_path):
 
 def test_a_run_goes_on_from_the_step_it_asks_for_and_what_came_later_is_moved_aside(registry_path):
     finished = trained(model=Noisy(), checkpoint_every=6)
-    assert on_disk(registry_path).list_available_checkpoints() == ["latest", 6, 12, 15]
+    assert list(on_disk(registry_path).list_available_checkpoints()) == ["latest", 6, 12, 15]
     resumed = make(model=Noisy(), checkpoint_every=6, load_checkpoint=6)
     assert resumed.train_state.step == 6
     resumed.train()
     assert_same_run(resumed, finished)
-    assert on_disk(registry_path).list_available_checkpoints() == ["latest", 6, 12, 15]
-    assert on_disk(registry_path, "checkpoints.1").list_available_checkpoints() == ["latest", 12, 15]
+    assert list(on_disk(registry_path).list_available_checkpoints()) == ["latest", 6, 12, 15]
+    assert list(on_disk(registry_path, "checkpoints.1").list_available_checkpoints()) == ["latest", 12, 15]
 
 
 @pytest.mark.parametrize(("metric", "minimize"), [("val/loss", True), ("other/rmse", False)])
@@ -255,7 +255,11 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(registry_path, metric, mi
     best = on_disk(registry_path).load_best()
     assert best["step"] == STEPS * (epoch + 1)
     assert best["metrics"][metric] == values[epoch]
-    assert on_disk(registry_path).list_available_checkpoints() == ["latest", "best", *sorted({best["step"], 24, 25})]
+    assert list(on_disk(registry_path).list_available_checkpoints()) == [
+        "latest",
+        "best",
+        *sorted({best["step"], 24, 25}),
+    ]
 
     resumed = make(load_checkpoint="best", **options)
     assert resumed.train_state.step == best["step"]
@@ -276,7 +280,7 @@ def test_the_best_survives_a_run_that_goes_on_and_does_worse(registry_path):
 
 def test_only_so_many_numbered_checkpoints_are_kept(registry_path):
     trained(checkpoint_every=2, max_checkpoints=3)
-    assert on_disk(registry_path).list_available_checkpoints() == ["latest", 10, 12, 14, 15]
+    assert list(on_disk(registry_path).list_available_checkpoints()) == ["latest", 10, 12, 14, 15]
     folders = [path for path in on_disk(registry_path).path.iterdir() if path.name.isdecimal()]
     assert len(folders) == 4
 
@@ -311,7 +315,9 @@ def test_a_named_checkpoint_that_is_missing_is_an_error_when_the_trainer_is_buil
             make(load_checkpoint=name)
         path = registry_path / "tests" / "memory" / "checkpoints"
         assert str(error.value) == f"no checkpoint '{name}' in {path}; there are: latest, 6, 12, 15"
-    with pytest.raises(TypeError, match=r"load_checkpoint must be True, -1, 'best', a step or a run's id, but is 2\.5"):
+    with pytest.raises(
+        TypeError, match=r"load_checkpoint must be True, -1, 'best', a step, a path or a run's id, but is 2\.5"
+    ):
         make(load_checkpoint=2.5)
 
 
@@ -324,7 +330,7 @@ def test_a_registry_without_a_folder_is_a_clear_error(monkeypatch, tmp_path):
         "or give Registry a base_path"
     )
     trained(registry=Registry("tests", tmp_path), run=None, num_epochs=1)
-    assert Checkpointer(tmp_path / "tests" / "trainer" / "checkpoints").load_latest()["step"] == STEPS
+    assert Checkpointer.at(tmp_path / "tests" / "trainer" / "checkpoints").load_latest()["step"] == STEPS
 
 
 # ---- what may have changed in between

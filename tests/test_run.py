@@ -57,11 +57,11 @@ def run(tmp_path):
 
 
 def save_checkpoints(path):
-    checkpointer = Checkpointer(path / "checkpoints", keep_best_checkpoint=True)
+    checkpointer = Checkpointer.at(path / "checkpoints", keep_best=True)
     for step in (1, 2, 3):
         state = TrainState({"w": np.full(2, step, np.float32)}, {}, step)
         checkpointer.save_checkpoint(state, step)
-        checkpointer.update_best_checkpoint(state, step, {"val/loss": abs(step - 2)})
+        checkpointer.update_best_checkpoint(state, abs(step - 2), step)
     checkpointer.close()
 
 

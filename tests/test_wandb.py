@@ -167,8 +167,8 @@ jax.tree.map(np.testing.assert_array_equal, weights, trainer.train_state.params)
 print(json.dumps([run.id, trainer.metrics["train/loss"], trainer.metrics["val/loss"]]))
 """
     run_id, losses, val_losses = json.loads(run_without_account(source, tmp_path)[-1])
-    checkpointer = Checkpointer(registry_path / "tests" / run_id / "checkpoints")
-    assert checkpointer.list_available_checkpoints() == ["latest", 12, 15]
+    checkpointer = Checkpointer.at(registry_path / "tests" / run_id / "checkpoints")
+    assert list(checkpointer.list_available_checkpoints()) == ["latest", 12, 15]
     config, rows = offline_run(registry_path / "tests", run_id)
     assert config["data"] == {"size": 43}
     assert len(losses) == 15

@@ -59,6 +59,7 @@ def main(folder, options):
 
     from learnax.checkpoint import files
     from learnax.checkpoint.folder import Folder
+    from learnax.checkpoint.history import History
     from learnax.loss import LossPipe
     from learnax.trainer import Trainer
     from tests.helpers import Squared, make_data
@@ -95,6 +96,7 @@ def main(folder, options):
 
         setattr(owner, function, wrapped)
 
+    during(History, "write", "writing", 1, 0)
     during(files, "write", "writing", 1, 0)
     during(Folder, "tidy", "writing", 2, 0)
     during(Trainer, "_validate", "phase", 2, 1)

@@ -1,5 +1,6 @@
 """Checkpoints on disk, through orbax: written while training goes on, read back exactly."""
 
 from learnax.checkpoint.checkpointer import Checkpointer as Checkpointer
-from learnax.checkpoint.checkpointer import SaveError as SaveError
 from learnax.checkpoint.files import DamagedError as DamagedError
+from learnax.checkpoint.owner import OwnedError as OwnedError
+from learnax.checkpoint.saving import SaveError as SaveError
