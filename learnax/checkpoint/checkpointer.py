@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from learnax.checkpoint import files, legacy
+from learnax.checkpoint import files, legacy, seals
 from learnax.checkpoint.files import DamagedError
 from learnax.checkpoint.folder import Entry, Folder, best
 from learnax.checkpoint.history import History
 from learnax.checkpoint.pieces import Piece, divided_axes, own
 from learnax.checkpoint.snapshot import Camera, Snapshot
-from learnax.checkpoint.trees import as_state
+from learnax.checkpoint.trees import as_state, old_names, with_keys, without_keys
 from learnax.checkpoint.writer import Writer
 from learnax.processes import OneProcess, Processes
 from learnax.state import TrainState
@@ -253,7 +253,7 @@ class Checkpointer:
         self.path.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path, os.W_OK):
             raise PermissionError(errno.EACCES, "checkpoints cannot be saved to this folder", str(self.path))
-        wanted = self._camera.wanted(self._own(state)[0])  # now: a step may take the arrays over
+        wanted = self._camera.wanted(self._own(state)[0][0])  # now: a step may take the arrays over
 
         def job() -> None:
             self._camera.prepare(wanted)
@@ -285,7 +285,7 @@ class Checkpointer:
         self._writer.wait_for_room(tree_bytes(state))
         resume = resume or {}
         history = self._history.arrays(resume.get("history", {}))
-        leaves, pieces = self._own(state)
+        (leaves, pieces), kinds = self._own(state)
         snapshot = self._camera.take(leaves)
         parts = {"rng": [np.array(resume["rng"])] if "rng" in resume else [], "history": list(history.values())}
         meta = {
@@ -295,16 +295,17 @@ class Checkpointer:
             "history": [[name, len(values)] for name, values in history.items()],
             "position": resume.get("position"),
             "script": resume.get("script"),
+            "keys": kinds,
         }
         self._pending.append(entry)
         self._saves += 1
         job = functools.partial(self._write, self._saves, entry, snapshot, pieces, parts, meta)
         self._writer.submit(job, snapshot.nbytes)
 
-    def _own(self, state: TrainState) -> tuple[dict[str, Any], dict[str, Piece]]:
-        """What this process has of a state, and which of that are pieces of arrays."""
-        leaves = _leaves(state)
-        return (leaves, {}) if self._processes.count == 1 else own(leaves)
+    def _own(self, state: TrainState) -> tuple[tuple[dict[str, Any], dict[str, Piece]], dict[str, str]]:
+        """What this process has of a state, and which of that are pieces of arrays; of which leaves are random keys."""
+        leaves, kinds = without_keys(_leaves(state))
+        return (leaves, {}) if self._processes.count == 1 else own(leaves), kinds
 
     def _write(
         self,
@@ -359,10 +360,10 @@ class Checkpointer:
         meta: Mapping[str, Any],
     ) -> None:
         """One save by all processes: the first one makes room and names it, then all write."""
-        seals: list[dict[str, int]] = []
+        sums: list[dict[str, int]] = []
 
         def begin(told: list[str]) -> str:
-            seals.extend(map(json.loads, told))
+            sums.extend(map(json.loads, told))
             try:
                 self._begin()
             except OSError as error:
@@ -370,11 +371,11 @@ class Checkpointer:
             return json.dumps([self._number, ""])
 
         matter = f"checkpointer {self._id}, save {count}"
-        own = json.dumps(files.piece_seals(arrays, pieces))
+        own = json.dumps(seals.piece_seals(arrays, pieces))
         self._number, refusal = json.loads(self._processes.settle(matter, own, begin))
         if refusal:
             raise OSError(f"on process 0: {refusal}")
-        files.write_together(self.path / str(self._number), arrays, pieces, seals, rest, meta)
+        files.write_together(self.path / str(self._number), arrays, pieces, sums, rest, meta)
 
     def _fail(self, entry: Entry, error: Exception) -> None:
         self._knows_best = False  # it may have been this one
@@ -432,29 +433,29 @@ class Checkpointer:
 
     def _read(self, number: int, target: TrainState | None) -> dict[str, Any]:
         folder = self.path / str(number)
+        meta = files.read_meta(folder)
+        old = seals.kinds(meta) is None
         wanted = {} if target is None else {"params": target.params, "opt_state": target.opt_state}
-        tree, meta = files.read(folder, divided_axes(leaves_by_path(wanted)))
-        tree = {"params": {}, "opt_state": {}, **tree}  # a tree without leaves leaves no trace
-        loaded = {
-            "state": as_state(tree, target, folder),
-            "step": meta["step"],
-            "time": meta["time"],
-            "number": number,
-            "resume": None,
-        }
-        if "rng" in tree:
-            names, lengths = zip(*meta["history"], strict=True) if meta["history"] else ((), ())
-            values = np.split(tree["history"], np.cumsum(lengths)[:-1]) if names else []
-            history = dict(zip(names, values, strict=True))
-            rest = {"position": meta["position"], **({"script": meta["script"]} if meta["script"] else {})}
-            loaded["resume"] = {"rng": tree["rng"], **rest, "history": history}
-        return loaded | ({"metrics": meta["metrics"]} if meta["metrics"] else {})
+        arrays = files.read(folder, meta, divided_axes(old_names(wanted) if old else leaves_by_path(wanted)))
+        with files.reading(folder):
+            arrays = with_keys(arrays, meta.get("keys", {}))
+            loaded = {"step": meta["step"], "time": meta["time"], "number": number, "resume": None}
+            if "rng" in arrays:
+                names, lengths = zip(*meta["history"], strict=True) if meta["history"] else ((), ())
+                values = np.split(arrays["history"], np.cumsum(lengths)[:-1]) if names else []
+                history = dict(zip(names, values, strict=True))
+                rest = {"position": meta["position"], **({"script": meta["script"]} if meta["script"] else {})}
+                loaded["resume"] = {"rng": arrays["rng"], **rest, "history": history}
+            if meta["metrics"]:
+                loaded["metrics"] = dict(meta["metrics"])
+            np.int32(arrays["step"])
+        return {"state": as_state(arrays, target, folder, old=old), **loaded}
 
     @staticmethod
     def _read_old(path: Path, target: TrainState | None) -> dict[str, Any]:
         loaded = legacy.read(path)
         if target is not None:
-            loaded["state"] = as_state(legacy.as_tree(loaded["state"], target), target, path)
+            loaded["state"] = as_state(legacy.leaves(loaded["state"], target), target, path)
         return {**loaded, "number": -1, "resume": None}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from learnax.checkpoint import files
+from learnax.checkpoint import files, seals
 from learnax.checkpoint.files import DamagedError
 
 _logger = logging.getLogger("learnax")
@@ -58,7 +58,7 @@ class Folder:
         numbers, entries = self.numbers(), self._known | self._read_index()
         for number in numbers:
             if number not in entries:  # a kill came in between, or the index was lost, or the disk was full
-                with contextlib.suppress(DamagedError):  # told of where it is read
+                with contextlib.suppress(DamagedError, KeyError):  # told of where it is read
                     meta = files.read_meta(self.path / str(number))
                     entries[number] = Entry(*(meta[field] for field in Entry._fields))
         self._known = {number: entries[number] for number in numbers if number in entries}
@@ -121,7 +121,7 @@ class Folder:
         """The index; one that is lost, cut short or changed is as good as none."""
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
             sealed = json.loads((self.path / _INDEX).read_text())
-            if sealed["checksum"] == files.seal(sealed["content"]):
+            if sealed["checksum"] == seals.seal(sealed["content"]):
                 return {int(number): Entry(*entry) for number, entry in sealed["content"].items()}
         return {}
 
@@ -135,7 +135,7 @@ def _write_index(path: Path, entries: dict[int, Entry]) -> None:
     content = {str(number): list(entry) for number, entry in entries.items()}
     draft = path.with_suffix(".draft")
     with draft.open("w") as file:
-        file.write(json.dumps({"content": content, "checksum": files.seal(content)}))
+        file.write(json.dumps({"content": content, "checksum": seals.seal(content)}))
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
