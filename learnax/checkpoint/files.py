@@ -211,7 +211,7 @@ def _stored_as(dtype: str) -> np.dtype:
 
     try:
         tensorstore.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         return np.dtype(np.uint8)
     return np.dtype(jax.numpy.dtype(dtype))
 

@@ -44,7 +44,9 @@ def look(folder: Path) -> None:
         ValueError: something that is neither a file nor a folder, or a file that is too long to be what it should be.
         OSError: it cannot be looked at.
     """
-    for entry in os.scandir(folder):
+    with os.scandir(folder) as entries:
+        found = list(entries)
+    for entry in found:
         if entry.is_dir(follow_symlinks=False):
             look(Path(entry.path))
             continue

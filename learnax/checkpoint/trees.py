@@ -105,11 +105,12 @@ def _below(start: str, leaves: Names) -> dict[str, Any]:
 
 def _default_opt_state(params: PyTree, saved: Names, named: Any) -> PyTree | None:
     """The saved optimiser state in the default optimiser's containers, with a fixed rate or a schedule, if it fits."""
-    if any(map(is_key, jax.tree.leaves(params))):
-        return None
     for rate in (0.0, lambda count: 0.0):
-        with jax.numpy_dtype_promotion("standard"):  # of parameters of several dtypes, it asks for the highest
-            shapes = jax.eval_shape(adam(rate).init, params)
+        try:
+            with jax.numpy_dtype_promotion("standard"):  # of parameters of several dtypes, it asks for the highest
+                shapes = jax.eval_shape(adam(rate).init, params)
+        except (TypeError, ValueError):  # it takes no such parameters: they were another optimiser's
+            return None
         names = named(shapes)
         if not _differences(saved, names):
             return jax.tree.unflatten(jax.tree.structure(shapes), [saved[name] for name in names])
