@@ -174,7 +174,10 @@ def _encoded(text: str) -> str:
 
 
 def _decoded(text: str) -> str:
-    return bytes.fromhex(text.replace("%", "")).decode("utf-8", "surrogatepass")
+    try:
+        return bytes.fromhex(text.replace("%", "")).decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:  # of another's making
+        return text
 
 
 def _typed(path: tuple[Any, ...], place: int) -> str:

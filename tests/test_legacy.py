@@ -21,7 +21,7 @@ import optax
 import pytest
 from flax.core import FrozenDict
 
-from learnax.checkpoint import legacy, thaw
+from learnax.checkpoint import legacy, standins
 from learnax.checkpoint.trees import as_state
 from learnax.state import TrainState, adam
 from learnax.utils import leaves_by_path
@@ -247,7 +247,7 @@ def test_an_optimiser_state_that_has_moved_since_is_known(tmp_path, old):
 
 
 def test_no_two_states_of_optax_share_a_name():
-    found = {id(cls): cls for cls in thaw.optax_states().values()}
+    found = {id(cls): cls for cls in standins.optax_states().values()}
     for cls in optax.GradientTransformation, optax.InjectHyperparamsState, optax.EmptyState:
         assert id(cls) in found
     subclasses = [cls for cls in tuple.__subclasses__() if cls.__module__.startswith("optax.") and cls.__doc__]
@@ -578,7 +578,7 @@ def buffer(size, shape):
 
 
 def stand_ins():
-    return set(thaw._KNOWN.values())
+    return set(standins.KNOWN.values())
 
 
 class Forged(NamedTuple):
@@ -722,7 +722,7 @@ HUGE = {
 @pytest.mark.parametrize("huge", HUGE)
 def test_a_size_in_the_file_sets_no_memory_aside(tmp_path, huge):
     path = put(tmp_path / "state_1.pyd", b"\x80\x05" + HUGE[huge])
-    thaw.optax_states()
+    standins.optax_states()
     tracemalloc.start()
     try:
         assert not read_or_refuse(path)

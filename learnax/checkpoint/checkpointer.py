@@ -23,7 +23,7 @@ from learnax.checkpoint.folder import Entry, Folder, best
 from learnax.checkpoint.history import History
 from learnax.checkpoint.pieces import Piece, divided_axes, own
 from learnax.checkpoint.snapshot import Camera, Snapshot
-from learnax.checkpoint.trees import as_state, old_names, with_keys, without_keys
+from learnax.checkpoint.trees import as_state, nested, old_names, with_keys, without_keys
 from learnax.checkpoint.writer import Writer
 from learnax.processes import OneProcess, Processes
 from learnax.state import TrainState
@@ -184,10 +184,10 @@ class Checkpointer:
                 sharding divides them over processes, this process's part is read.
 
         Returns:
-            A dict with `state` (numpy leaves), `step`, `time` (seconds since 1970), `number` (the save's own; -1 of a
-            pickle of 0.1.0), `resume` as `save_checkpoint` got it, and `metrics` if saved; None where the latest is
-            asked for and there is none. In the place of one that is damaged, the one before it is taken, and that is
-            told.
+            A dict with `state` (leaves of numpy, or typed random keys), `step`, `time` (seconds since 1970), `number`
+            (the save's own; -1 of a pickle of 0.1.0), `resume` as `save_checkpoint` got it, and `metrics` if saved;
+            None where the latest is asked for and there is none. In the place of one that is damaged, the one before
+            it is taken, and that is told.
 
         Raises:
             FileNotFoundError: a checkpoint asked for by name is not there; those there are are named.
@@ -449,6 +449,7 @@ class Checkpointer:
             if meta["metrics"]:
                 loaded["metrics"] = dict(meta["metrics"])
             np.int32(arrays["step"])
+            nested(arrays)  # raises where a leaf is said to be in another one
         return {"state": as_state(arrays, target, folder, old=old), **loaded}
 
     @staticmethod

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ import numpy as np
 
 from learnax.checkpoint import seals
 from learnax.checkpoint.pieces import Piece, part_of, sharding, spread, whole
-from learnax.checkpoint.places import look, spelled
+from learnax.checkpoint.places import look, memory, spelled
 from learnax.checkpoint.trees import flat, nested
 
 _STATE, _META, _META_FILE = "state", "meta", "metadata"
@@ -190,9 +189,8 @@ def _found(place: Path, meta: Mapping[str, Any], axes: Mapping[str, int]) -> lis
             raise ValueError(f"{path} is of shape {list(shape)}, but written in parts of {list(chunk)}")
         shares = jax.process_count() if path in axes else 1
         nbytes += math.prod(shape) * jax.numpy.dtype(dtype).itemsize // shares
-    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if nbytes > most:
-        raise ValueError(f"its arrays say that they take {nbytes} bytes; this machine has {most} in all")
+    if nbytes > memory():
+        raise ValueError(f"its arrays say that they take {nbytes} bytes; this machine has {memory()} in all")
     return list(found)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from learnax.checkpoint import thaw
+from learnax.checkpoint.files import DamagedError
 from learnax.state import PyTree, TrainState
 from learnax.utils import leaves_by_path
 
@@ -44,7 +45,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         return _checkpoint(thaw.read(path, plain=False), path)
-    except (thaw.RefusedError, OSError):
+    except (thaw.RefusedError, DamagedError, OSError):
         raise
     except Exception as error:  # of a torn pickle nearly any kind
         raise thaw.damaged(path, error, "a checkpoint of learnax 0.1.0", "load another one of the run") from error

@@ -37,6 +37,11 @@ def spelled(folder: Path) -> Iterator[Path]:
         yield link / folder.name
 
 
+def memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def look(folder: Path) -> None:
     """Looks at what is in a save before anything of it is opened: whoever opens a pipe waits for ever.
 
