@@ -270,7 +270,7 @@ def test_bytes_that_are_others_are_damage_or_of_no_matter(save):
     rng = random.Random(0)
     for path in files_of(save):
         whole = path.read_bytes()
-        for _ in range(12):
+        for _ in range(8):
             broken = bytearray(whole)
             for _ in range(rng.choice([1, 1, 5])):
                 if broken:
@@ -286,7 +286,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FUZZ = hypothesis.settings(
-    max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 
 
@@ -359,3 +359,15 @@ def test_an_optimiser_of_default_containers_still_fits(tmp_path):
     saver = Checkpointer(tmp_path)
     saver.save_latest(state, 1)
     assert jax.tree.structure(saver.load_latest()["state"].opt_state) == jax.tree.structure(state.opt_state)
+
+
+def test_damage_is_told_by_the_name_that_the_user_gave(tmp_path):
+    path = tmp_path / "[x]"
+    saver = Checkpointer(path)
+    saver.save_latest(make_state(), 1)
+    saver.wait()
+    os.truncate(path / "0" / "state" / "manifest.ocdbt", 10)
+    with pytest.raises(DamagedError) as told:
+        Checkpointer(path).load_latest()
+    assert str(path / "0" / "state") in str(told.value)
+    assert "learnax-" not in str(told.value)

@@ -65,7 +65,6 @@ def test_random_keys_in_a_divided_state_go_on_from_a_folder_of_an_odd_name(tmp_p
     assert key.dtype == left.dtype
     assert (jax.random.key_data(key) == jax.random.key_data(left)).all()
     assert {entry.name for entry in tmp_path.iterdir()} <= {odd, "saved", "registry"}
-    resumed.train()
 
 
 def test_a_peer_that_is_killed_ends_the_others_and_the_next_start_ends_with_the_same_bits(tmp_path):

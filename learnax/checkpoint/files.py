@@ -84,7 +84,9 @@ def read(folder: Path, meta: Mapping[str, Any], axes: Mapping[str, int] = Mappin
 
     with _reading(folder) as place:
         # As numpy, so that a checkpoint does not ask for the devices that it was written on.
-        as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in _found(place, meta, axes)}
+        found = _found(place, meta)
+        _check_room(found, axes)
+        as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in found}
         in_part = {
             path: ocp.ArrayRestoreArgs(sharding=sharding(axis)) for path, axis in axes.items() if path in as_numpy
         }
@@ -125,20 +127,26 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """What goes wrong inside, with the content of a save, is a DamagedError."""
+def reading(folder: Path, place: Path | None = None) -> Iterator[None]:
+    """What goes wrong inside, with the content of a save, is a DamagedError.
+
+    Args:
+        folder: the save.
+        place: the path that it is read by.
+    """
     try:
         yield
     except (PermissionError, MemoryError, DamagedError):
         raise
     except Exception as error:
-        raise DamagedError(f"checkpoint {folder} is damaged: {reason(error)}") from error
+        what = reason(error).replace(str(place or folder), str(folder))
+        raise DamagedError(f"checkpoint {folder} is damaged: {what}") from error
 
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[Path]:
     """`reading`, once nothing in the folder can hold it up; gives the path that storage libraries take."""
-    with reading(folder), spelled(folder) as place:
+    with spelled(folder) as place, reading(folder, place):
         look(folder)
         yield place
 
@@ -160,18 +168,18 @@ def _verify(folder: Path) -> None:
     try:
         meta = read_meta(folder)
         with _reading(folder) as place:
-            _found(place, meta, {})
+            _found(place, meta)
     except Exception as error:
         # Renamed first: a kill in between leaves nothing that looks like a save.
         shutil.rmtree(folder.rename(folder.with_name(_DRAFT.format(folder.name))), ignore_errors=True)
         raise OSError(f"it was written, but cannot be read: {error}") from error
 
 
-def _found(place: Path, meta: Mapping[str, Any], axes: Mapping[str, int]) -> list[str]:
-    """The paths of the arrays that are there; they are looked at before memory is taken for them.
+def _found(place: Path, meta: Mapping[str, Any]) -> dict[str, seals.Kind]:
+    """Shapes and dtypes of the arrays that are there, by their paths.
 
     Raises:
-        ValueError: others than were written, or of other shapes or dtypes; or more than the machine can hold.
+        ValueError: others than were written, or of other shapes or dtypes.
     """
     there = flat(_orbax(together=False).metadata(place).item_metadata[_STATE].tree)
     found = {path: (tuple(array.shape), np.dtype(array.dtype).name) for path, array in there.items()}
@@ -182,16 +190,21 @@ def _found(place: Path, meta: Mapping[str, Any], axes: Mapping[str, int]) -> lis
         if wrong:
             texts = [f"{path}: {_text(found.get(path))}, not {_text(stored.get(path))}" for path in sorted(wrong)[:5]]
             raise ValueError(f"other arrays than were written ({len(wrong)}): {'; '.join(texts)}")
-    nbytes = 0
-    for path, (shape, dtype) in found.items():
+    for path, (shape, _) in found.items():
         chunk = there[path].storage.chunk_shape or shape
         if len(chunk) != len(shape) or any(part > max(size, 1) for part, size in zip(chunk, shape, strict=True)):
             raise ValueError(f"{path} is of shape {list(shape)}, but written in parts of {list(chunk)}")
+    return found
+
+
+def _check_room(found: Mapping[str, seals.Kind], axes: Mapping[str, int]) -> None:
+    """Compares what arrays say they take with what there is: to ask for more may end the process."""
+    nbytes = 0
+    for path, (shape, dtype) in found.items():
         shares = jax.process_count() if path in axes else 1
         nbytes += math.prod(shape) * jax.numpy.dtype(dtype).itemsize // shares
     if nbytes > memory():
         raise ValueError(f"its arrays say that they take {nbytes} bytes; this machine has {memory()} in all")
-    return list(found)
 
 
 def _text(kind: seals.Kind | None) -> str:
