@@ -24,7 +24,7 @@ from learnax.profiling.costs import Costs, costs_of
 from learnax.profiling.phases import Phases
 from learnax.state import PyTree
 from learnax.step import AXIS
-from learnax.utils import leaves_by_path
+from learnax.utils import is_key, key_data, leaves_by_path, like_key
 
 _logger = logging.getLogger("learnax")
 MANY_PROGRAMS = 8
@@ -144,8 +144,8 @@ class Engine:
             return jax.device_put(tree, sharding)
 
         def put(leaf: Any) -> jax.Array:
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+            if is_key(leaf):
+                return like_key(leaf, put(key_data(leaf)))
             shape = None if spec != SAME else leaf.shape
             return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), shape)
 
@@ -166,10 +166,7 @@ class Engine:
             tree = jax.jit(lambda tree: tree, out_shardings=self.sharding(SAME))(tree)
 
         def fetch(leaf: Any) -> Any:
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # it has no form in numpy
-                data = jnp.asarray(np.asarray(jax.random.key_data(leaf)))
-                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-            return np.asarray(leaf)
+            return like_key(leaf, np.asarray(key_data(leaf))) if is_key(leaf) else np.asarray(leaf)
 
         return jax.tree.map(fetch, tree)
 
@@ -183,13 +180,15 @@ class Engine:
     def places(tree: PyTree) -> dict[str, list[int]]:
         """Where each leaf lies: the addresses of its buffers, one for each device."""
         return {
-            path: [shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards]
+            path: [shard.data.unsafe_buffer_pointer() for shard in key_data(leaf).addressable_shards]
             for path, leaf in leaves_by_path(tree).items()
         }
 
     @staticmethod
-    def host_copy(array: jax.Array) -> np.ndarray:
+    def host_copy(array: jax.Array) -> np.ndarray | jax.Array:
         """A copy on the host, by objects that are gone with it: others may keep a step from updating it in place."""
+        if is_key(array):
+            return like_key(array, Engine.host_copy(key_data(array)))
         copy = np.empty(array.shape, array.dtype)
         for shard in array.addressable_shards[:1] if array.is_fully_replicated else array.addressable_shards:
             copy[shard.index] = np.array(shard.data)
@@ -206,6 +205,8 @@ class Engine:
         # Only a copy of what is laid out already is sure to be one: a CPU device goes on using numpy's memory where
         # it can, and a device the buffer that it has a share in. Leaf by leaf: no second state is there in between.
         def copy(leaf: Any, spec: PartitionSpec) -> jax.Array:
+            if is_key(leaf):
+                return like_key(leaf, copy(key_data(leaf), spec))
             sharding = self.sharding(spec)
             if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated or leaf.is_fully_addressable):
                 return jax.jit(jnp.copy, out_shardings=sharding)(leaf)

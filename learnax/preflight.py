@@ -19,7 +19,7 @@ from learnax.plan import Plan
 from learnax.profiling.costs import Costs, amount, memory_of
 from learnax.programs import Programs
 from learnax.state import PyTree, TrainState
-from learnax.utils import leaves_by_path, tree_bytes
+from learnax.utils import key_data, leaves_by_path, tree_bytes
 
 _TIMED = 5
 """Dispatches that are timed, after one that is not."""
@@ -228,7 +228,11 @@ def _save_and_restore(state: TrainState, resume: Mapping[str, Any]) -> tuple[flo
 
 def _differing(left: PyTree, right: PyTree) -> list[str]:
     a, b = leaves_by_path(left), leaves_by_path(right)
-    return [path for path in a if np.asarray(a[path]).tobytes() != np.asarray(b[path]).tobytes()]
+    return [path for path in a if _raw(a[path]) != _raw(b[path])]
+
+
+def _raw(leaf: Any) -> bytes:
+    return np.asarray(key_data(leaf)).tobytes()
 
 
 def _of(capacity: int | None) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,9 +101,39 @@ def tree_unstack(tree: PyTree) -> list[PyTree]:
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
-    """A pytree's leaves under names like `Dense_0/kernel`, in the tree's order."""
+    """A pytree's leaves under names like `Dense_0/kernel`, in the tree's order.
+
+    No two leaves have one name, and none has the name of a container that holds others. In a key, all but letters,
+    digits, `_`, `-` and single spaces within is written as `%` and two digits, so that no storage takes it for
+    something else; `unescaped` undoes it. Keys of several types that are spelled alike (0 and "0") are told apart by
+    their types where they meet.
+    """
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    names = ["/".join(map(_escaped, path)) for path, _ in flat]
+    for spelled in (_typed, _numbered):
+        for place in _clashes(names):
+            names[place] = spelled(flat[place][0], place)
+    return dict(zip(names, (leaf for _, leaf in flat), strict=True))
+
+
+def unescaped(key: str) -> str:
+    """A key as it was, from a part of a name of `leaves_by_path`."""
+    return re.sub("(?:%[0-9A-F]{2})+|%", lambda found: _decoded(found[0]), key)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed random keys, which has no form in numpy."""
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def key_data(leaf: Any) -> Any:
+    """The numbers of an array of typed random keys; any other leaf as it is."""
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def like_key(key: Any, data: Any) -> Any:
+    """An array of typed random keys of the kind of another one, from its numbers."""
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 
 def tree_bytes(tree: PyTree) -> int:
@@ -124,6 +157,50 @@ def describe(tree: PyTree) -> str:
         else:
             lines.append(f"  {path}: {type(leaf).__name__} (no array)")
     return "\n".join(lines) or "  (empty)"
+
+
+def _escaped(key: Any) -> str:
+    """One step of a leaf's path, as a part of its name."""
+    return _escaped_text(jax.tree_util.keystr((key,), simple=True))
+
+
+@functools.lru_cache(1 << 14)  # each save names all leaves again
+def _escaped_text(text: str) -> str:
+    return re.sub(r"[^\w -]|^ | $| (?= )", lambda found: _encoded(found[0]), text) or "%"
+
+
+def _encoded(text: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in text.encode("utf-8", "surrogatepass"))
+
+
+def _decoded(text: str) -> str:
+    try:
+        return bytes.fromhex(text.replace("%", "")).decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:  # of another's making
+        return text
+
+
+def _typed(path: tuple[Any, ...], place: int) -> str:
+    """A leaf's name that tells the types of keys that are no text."""
+    kinds = [type(key.key).__name__ if isinstance(key, jax.tree_util.DictKey) else "" for key in path]
+    return "/".join(
+        _escaped(key) + (f"~{kind}" if kind not in ("", "str") else "") for key, kind in zip(path, kinds, strict=True)
+    )
+
+
+def _numbered(path: tuple[Any, ...], place: int) -> str:
+    """A leaf's name that tells its place in the tree: the last resort, where a container gives two leaves one key."""
+    return f"{_typed(path, place)}~{place}"
+
+
+def _clashes(names: Sequence[str]) -> list[int]:
+    """Places of names that are there twice, or that are the beginning of another one's path, and of those others."""
+    counts = collections.Counter(names)
+    parents = {name[: match.start()] for name in counts for match in re.finditer("/", name)}
+    if len(counts) == len(names) and parents.isdisjoint(counts):
+        return []
+    bad = {name for name, count in counts.items() if count > 1} | parents & counts.keys()
+    return [place for place, name in enumerate(names) if name in bad or any(name.startswith(f"{b}/") for b in bad)]
 
 
 def _flatten(tree: PyTree) -> tuple[list[Any], Any]:

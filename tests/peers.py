@@ -20,6 +20,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import optax
 from jax._src import xla_bridge
 
 import learnax.trainer
@@ -325,6 +326,11 @@ class Act:
         os.kill(os.getpid(), getattr(signal, self._what))
 
 
+def noisy():
+    """An optimiser with a random key in its state."""
+    return optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), optax.sgd(1e-2))
+
+
 def resumed(results):
     """A run on a registry; PEERS says what of it, and who does what to itself at which step."""
     options = json.loads(os.environ["PEERS"])
@@ -332,6 +338,8 @@ def resumed(results):
     width = options.pop("width", 16)
     registry = Registry("tests", options.pop("registry"))
     data = {"train_dataset": make_data(43), "val_datasets": [make_data(TAIL, 1)], "model": MLP(width)}
+    if options.pop("noise", False):
+        data["optimizer"] = noisy()
     results["parts read"] = []
 
     def spread(array):

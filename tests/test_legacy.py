@@ -21,7 +21,7 @@ import optax
 import pytest
 from flax.core import FrozenDict
 
-from learnax.checkpoint import legacy, thaw
+from learnax.checkpoint import legacy, standins
 from learnax.checkpoint.trees import as_state
 from learnax.state import TrainState, adam
 from learnax.utils import leaves_by_path
@@ -247,7 +247,7 @@ def test_an_optimiser_state_that_has_moved_since_is_known(tmp_path, old):
 
 
 def test_no_two_states_of_optax_share_a_name():
-    found = {id(cls): cls for cls in thaw.optax_states().values()}
+    found = {id(cls): cls for cls in standins.optax_states().values()}
     for cls in optax.GradientTransformation, optax.InjectHyperparamsState, optax.EmptyState:
         assert id(cls) in found
     subclasses = [cls for cls in tuple.__subclasses__() if cls.__module__.startswith("optax.") and cls.__doc__]
@@ -265,7 +265,7 @@ def test_a_state_fits_a_target_and_the_default_optimiser(tmp_path, targeted, rat
     state = make_state(RATES[rate])
     path = write(tmp_path / "state_latest.pyd", make_state(RATES[rate], frozen=frozen))
     target = state if targeted else None
-    tree = legacy.as_tree(legacy.read(path)["state"], target)
+    tree = legacy.leaves(legacy.read(path)["state"], target)
     assert types(tree["step"]) == (np.ndarray, np.int32, ())
     got = as_state(tree, target, path)
     assert int(got.step) == 7
@@ -286,10 +286,10 @@ def test_an_older_injected_state_fits_todays(tmp_path, rate):
     path = write(tmp_path / "state_latest.pyd", old_style(state))
     read = legacy.read(path)["state"]
     assert type(read.opt_state) is optax.InjectHyperparamsState
-    got = as_state(legacy.as_tree(read, state), state, path)
+    got = as_state(legacy.leaves(read, state), state, path)
     assert jax.tree.structure(got.opt_state) == jax.tree.structure(state.opt_state)
     assert_trees_equal(got.opt_state, state.opt_state)
-    untargeted = as_state(legacy.as_tree(read), None, path).opt_state
+    untargeted = as_state(legacy.leaves(read), None, path).opt_state
     assert type(untargeted) is optax.InjectStatefulHyperparamsState
     assert untargeted.hyperparams_states == {}
     assert_trees_equal(untargeted.hyperparams, state.opt_state.hyperparams)
@@ -298,7 +298,7 @@ def test_an_older_injected_state_fits_todays(tmp_path, rate):
 def test_a_target_without_an_optimiser_reads_the_parameters_alone(tmp_path):
     path = write(tmp_path / "state_latest.pyd", old_style(make_state()))
     target = TrainState(make_state().params, None)
-    got = as_state(legacy.as_tree(legacy.read(path)["state"], target), target, path)
+    got = as_state(legacy.leaves(legacy.read(path)["state"], target), target, path)
     assert got.opt_state is None
     assert_trees_equal(got.params, target.params)
 
@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     path = write(tmp_path / "state_latest.pyd", make_state())
     target = make_state()._replace(params={"other": np.ones(3, np.float32)})
     with pytest.raises(ValueError, match=r"(?s)state_latest\.pyd does not match.*params/other: in the model only"):
-        as_state(legacy.as_tree(legacy.read(path)["state"], target), target, path)
+        as_state(legacy.leaves(legacy.read(path)["state"], target), target, path)
 
 
 # ---- hostile
@@ -578,7 +578,7 @@ def buffer(size, shape):
 
 
 def stand_ins():
-    return set(thaw._KNOWN.values())
+    return set(standins.KNOWN.values())
 
 
 class Forged(NamedTuple):
@@ -606,8 +606,6 @@ INSIDE = {
     "mixed keys": ({1: np.ones(2), "b": np.ones(2)}, "keys are not all text or all integers"),
     "tuple keys": ({(1, 2): np.ones(2)}, "a key of type tuple; keys have to be text or small integers;"),
     "large keys": ({1 << 60: np.ones(2)}, "a key of type int; keys"),
-    "two leaves of one path": ({"a/b": 1, "a": {"b": 2}}, "two leaves of one path"),
-    "a leaf in a leaf": ({"a": np.ones(2), "a/b": 2}, "is torn"),
     "a namedtuple": (Forged(1), "Forged'"),
     "a shape that is too large": (buffer(4, (2**40,)), "too small"),
     "a shape that is too small": (buffer(8, (1,)), "its 8 bytes"),
@@ -669,7 +667,7 @@ def test_a_file_that_is_not_there_is_no_torn_file(tmp_path):
 def read_or_refuse(path):
     """Reads a file that may be broken, and takes it as far as the checkpointer does; returns whether it could."""
     try:
-        legacy.as_tree(legacy.read(path)["state"])
+        legacy.leaves(legacy.read(path)["state"])
     except ValueError as error:
         said = str(error)
     else:
@@ -724,7 +722,7 @@ HUGE = {
 @pytest.mark.parametrize("huge", HUGE)
 def test_a_size_in_the_file_sets_no_memory_aside(tmp_path, huge):
     path = put(tmp_path / "state_1.pyd", b"\x80\x05" + HUGE[huge])
-    thaw.optax_states()
+    standins.optax_states()
     tracemalloc.start()
     try:
         assert not read_or_refuse(path)
@@ -754,5 +752,7 @@ def test_a_container_in_itself_is_an_error(tmp_path):
 
 def test_the_paths_of_leaves_are_those_of_todays_optimiser(tmp_path):
     state = make_state()
-    tree = legacy.as_tree(legacy.read(write(tmp_path / "state_1.pyd", old_style(state)))["state"])
-    assert set(leaves_by_path(tree["opt_state"])) == set(leaves_by_path(state.opt_state))
+    leaves = legacy.leaves(legacy.read(write(tmp_path / "state_1.pyd", old_style(state)))["state"])
+    assert {name for name in leaves if name.startswith("opt_state/")} == set(
+        leaves_by_path({"opt_state": state.opt_state})
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from learnax.packing import SMALL
+from learnax.registry import Registry
 from tests import peers
 from tests.helpers import MLP, assert_trees_close, assert_trees_equal, host, make_data, make_trainer
 
@@ -49,6 +50,21 @@ def test_each_layout_goes_on_where_another_one_stopped(sharded, tmp_path):
             assert_trees_equal(peer.results["state"], ended[0].results["state"])
             assert not [line for line in peer.said if "learnax" in line]
     assert_same_run(ended[0].results, whole_run(4, options["width"]))
+
+
+def test_random_keys_in_a_divided_state_go_on_from_a_folder_of_an_odd_name(tmp_path):
+    odd = "lr=[0.1]*"
+    (saved, _) = run(tmp_path, "saved", 2, 2, num_epochs=1, shard_state=True, width=WIDTH, noise=True, registry=odd)
+    data = {"train_dataset": make_data(43), "val_datasets": [make_data(peers.TAIL, 1)], "model": MLP(WIDTH)}
+    resumed = make_trainer(
+        **data, optimizer=peers.noisy(), registry=Registry("tests", tmp_path / odd), load_checkpoint=True
+    )
+    state, before = resumed.train_state, saved.results["state"]
+    assert_trees_equal(state.params, before.params)
+    key, left = state.opt_state[0].rng_key, before.opt_state[0].rng_key
+    assert key.dtype == left.dtype
+    assert (jax.random.key_data(key) == jax.random.key_data(left)).all()
+    assert {entry.name for entry in tmp_path.iterdir()} <= {odd, "saved", "registry"}
 
 
 def test_a_peer_that_is_killed_ends_the_others_and_the_next_start_ends_with_the_same_bits(tmp_path):
@@ -125,21 +141,21 @@ def test_a_process_alone_reads_what_several_have_saved(tmp_path):
 
 
 def test_a_piece_that_was_changed_is_noticed(tmp_path):
-    from learnax.checkpoint import files
+    from learnax.checkpoint import files, seals
 
     run(tmp_path, "saved", 2, 1, num_epochs=1, shard_state=True, width=WIDTH)
     folder = tmp_path / "registry" / "tests" / "trainer" / "checkpoints"
     save = max(path for path in folder.iterdir() if path.name.isdecimal())
-    tree, meta = files.read(save)
+    meta = files.read_meta(save)
+    array = np.array(files.read(save, meta)["params/Dense_1/kernel"])
     assert meta["pieces"]["params/Dense_1/kernel"][0] == 1  # along its second axis
-    array = np.array(tree["params"]["Dense_1"]["kernel"])
     sums = meta["pieces"]["params/Dense_1/kernel"][1]
-    assert files._piece_sums(array, 1, sums) == (sums, sums)
+    assert seals._piece_sums(array, 1, sums) == (sums, sums)
     array[3, -1] += 1
-    written, changed = files._piece_sums(array, 1, sums)
+    written, changed = seals._piece_sums(array, 1, sums)
     assert [start for start in sums if written[start] != changed[start]] == [str(WIDTH // 2)]
     # A process that has the first half alone looks at nothing else.
-    written, found = files._piece_sums(array, 1, sums, slice(0, WIDTH // 2))
+    written, found = seals._piece_sums(array, 1, sums, slice(0, WIDTH // 2))
     assert written == found == {"0": sums["0"]}
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import datetime
+import os
 import pickle
 import re
 import subprocess
@@ -144,6 +145,19 @@ def test_what_is_torn_is_damaged(tmp_path, content):
         thaw.read_plain(path)
 
 
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    with (tmp_path / "endless").open("wb") as file:
+        file.truncate(1 << 43)
+    for name in ("pipe", "device", "folder", "endless"):
+        with pytest.raises(DamagedError, match=rf"{name} is no file that can be read"):
+            thaw.read_plain(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        thaw.read_plain(tmp_path / "nothing")
+
+
 # ---- hostile: to be read by a process of its own, which they would end, or fill
 
 
@@ -173,7 +187,7 @@ HOSTILE = {
     ),
     "many arguments": (
         ORDERED + b"\x940](h\x00(" + b"N" * DEPTH + b"tR" + b"e.",
-        "an? OrderedDict with other arguments than there can be",
+        "a Ordered with other arguments than there can be",
     ),
     "places of one hash": (
         b"N" + b"".join(b"p%d\n" % (k * (2**61 - 1)) for k in range(1, 20_000)) + b".",

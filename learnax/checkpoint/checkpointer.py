@@ -250,10 +250,10 @@ class Checkpointer:
             resume: whether what a run needs to go on is wanted.
 
         Returns:
-            A dict with `state` (numpy leaves), `step`, `time` (seconds since 1970), `number` (the save's own; -1 of one
-            from elsewhere), `resume` as `save_checkpoint` got it, and `metrics` if saved; None where the latest is
-            asked for and there is none. In the place of one that is damaged, the one before it is taken, and that is
-            told.
+            A dict with `state` (leaves of numpy, or typed random keys), `step`, `time` (seconds since 1970), `number`
+            (the save's own; -1 of one from elsewhere), `resume` as `save_checkpoint` got it, and `metrics` if saved;
+            None where the latest is asked for and there is none. In the place of one that is damaged, the one before
+            it is taken, and that is told.
 
         Raises:
             FileNotFoundError: a checkpoint asked for by name is not there, or the name is nearly one; those there are

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 import json
+import math
 import re
 import shutil
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from learnax.checkpoint import seals
 from learnax.checkpoint.pieces import Piece, part_of, sharding, spread, whole
-from learnax.checkpoint.trees import as_dicts
-from learnax.utils import leaves_by_path
+from learnax.checkpoint.places import look, memory, spelled
+from learnax.checkpoint.trees import flat, nested
 
-_STATE, _META = "state", "meta"
-_DRAFT = "*.orbax-checkpoint-tmp*"
+_STATE, _META, _META_FILE = "state", "meta", "metadata"
+_DRAFT, _DRAFTS = "{}.orbax-checkpoint-tmp-unread", "*.orbax-checkpoint-tmp*"
 _LETTERS = 200
 """Of another library's error that are repeated, from its beginning and from its end."""
 
@@ -31,27 +32,24 @@ class DamagedError(ValueError):
 
 
 def write(folder: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-    """Writes a save; the folder has its name only once all of it is on disk.
+    """Writes a save, and looks whether it can be read; the folder has its name only once all of it is on disk.
 
     Args:
         folder: where; it must not be there yet.
         arrays: by their paths.
         meta: plain values.
-    """
-    import orbax.checkpoint as ocp
 
-    # orbax takes no array without elements.
-    tree = as_dicts({path: array for path, array in arrays.items() if array.size})
-    sealed = _sealed(arrays, {}, [], meta)
-    args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(sealed))
-    _orbax(together=False).save(folder, args=args)
+    Raises:
+        OSError: what was written could not be read; it is gone.
+    """
+    _save(folder, _stored(arrays), seals.sealed(arrays, {}, [], meta), together=False)
 
 
 def write_together(
     folder: Path,
     arrays: Mapping[str, np.ndarray],
     pieces: Mapping[str, Piece],
-    seals: Iterable[Mapping[str, int]],
+    sums: Iterable[Mapping[str, int]],
     rest: Mapping[str, np.ndarray],
     meta: Mapping[str, Any],
 ) -> None:
@@ -61,53 +59,21 @@ def write_together(
         folder: where, on storage that all share.
         arrays: by their paths, or pieces of them by a name.
         pieces: which are pieces.
-        seals: `piece_seals` of each process.
+        sums: `piece_seals` of each process.
         rest: more arrays by their paths, those of the first process.
         meta: plain values, those of the first process.
     """
-    import orbax.checkpoint as ocp
-
     # What is plain numpy, orbax writes on the first process alone.
-    given: dict[str, Any] = {**whole({path: array for path, array in arrays.items() if array.size}, pieces), **rest}
-    tree = as_dicts({path: array for path, array in given.items() if array.size})
-    sealed = _sealed({**arrays, **rest}, pieces, seals, meta)
-    args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(sealed))
-    _orbax(together=True).save(folder, args=args)
+    given = {**whole(_stored(arrays), pieces), **_stored(rest)}
+    _save(folder, given, seals.sealed({**arrays, **rest}, pieces, sums, meta), together=True)
 
 
-def piece_seals(arrays: Mapping[str, np.ndarray], pieces: Mapping[str, Piece]) -> dict[str, int]:
-    """Checksums of a process's pieces, by their names."""
-    return {name: _checksum(arrays[name]) for name in pieces}
-
-
-def _sealed(
-    arrays: Mapping[str, np.ndarray],
-    pieces: Mapping[str, Piece],
-    seals: Iterable[Mapping[str, int]],
-    meta: Mapping[str, Any],
-) -> dict[str, Any]:
-    own = {path: array for path, array in arrays.items() if path not in pieces}
-    content = {
-        **meta,
-        "checksums": {path: _checksum(array) for path, array in own.items() if array.size},
-        "empty": {path: [list(array.shape), array.dtype.name] for path, array in own.items() if not array.size},
-    }
-    if pieces:
-        # A divided array has a checksum for each piece, by the piece's beginning along its axis.
-        axes = {piece.path: piece.axis for piece in pieces.values()}
-        starts: dict[str, dict[str, int]] = {path: {} for path in axes}
-        for name, checksum in itertools.chain.from_iterable(process.items() for process in seals):
-            path, start = name.rsplit("@", 1)
-            starts[path][start] = checksum
-        content["pieces"] = {path: [axes[path], sums] for path, sums in starts.items()}
-    return {"content": content, "checksum": seal(content)}
-
-
-def read(folder: Path, axes: Mapping[str, int] = MappingProxyType({})) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a save: nested dicts of numpy arrays, and the meta values.
+def read(folder: Path, meta: Mapping[str, Any], axes: Mapping[str, int] = MappingProxyType({})) -> dict[str, Any]:
+    """Reads the arrays of a save, as numpy arrays by their paths.
 
     Args:
         folder: the save.
+        meta: what `read_meta` gives.
         axes: of arrays, by their paths, that are divided over the processes along an axis: of such a one this process's
             part alone is read and looked at, and the rest is memory that nobody has touched.
 
@@ -116,52 +82,29 @@ def read(folder: Path, axes: Mapping[str, int] = MappingProxyType({})) -> tuple[
     """
     import orbax.checkpoint as ocp
 
-    meta = read_meta(folder)
-    try:
-        shapes = _orbax(together=False).metadata(folder).item_metadata[_STATE].tree
+    with _reading(folder) as place:
         # As numpy, so that a checkpoint does not ask for the devices that it was written on.
-        as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves_by_path(shapes)}
-        in_part = {path: ocp.ArrayRestoreArgs(sharding=sharding(axis)) for path, axis in axes.items()}
-        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=as_dicts({**as_numpy, **in_part})))
-        arrays = leaves_by_path(_orbax(together=False).restore(folder, args=args)[_STATE])
-        parts = {path: part_of(arrays[path]) for path in axes}
-        arrays |= {path: spread(arrays[path]) for path in axes}
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:
-        raise _damaged(folder, reason(error)) from error
-    divided = meta.get("pieces", {})
-    written: dict[str, Any] = {path: checksum for path, checksum in meta["checksums"].items() if path not in parts}
-    found: dict[str, Any] = {
-        path: _checksum(array) for path, array in arrays.items() if path not in divided and path not in parts
-    }
-    for path, (axis, sums) in divided.items():
-        # Of a part, the pieces that lie in it whole.
-        place = parts[path][axis] if path in parts and path in arrays else slice(None)
-        written[path], found[path] = _piece_sums(arrays.get(path), axis, sums, place)
-    if found != written:
-        wrong = [path for path in {**found, **written} if found.get(path) != written.get(path)]
-        raise _damaged(folder, f"other content than was written in {', '.join(sorted(wrong)[:5])}")
-    for path, (shape, dtype) in meta["empty"].items():
-        arrays[path] = np.zeros(shape, jax.numpy.dtype(dtype))
-    return as_dicts(arrays), meta
+        found = _found(place, meta)
+        _check_room(found, axes)
+        as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in found}
+        in_part = {
+            path: ocp.ArrayRestoreArgs(sharding=sharding(axis)) for path, axis in axes.items() if path in as_numpy
+        }
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=nested({**as_numpy, **in_part})))
+        arrays = flat(_orbax(together=False).restore(place, args=args)[_STATE])
+        parts = {path: part_of(arrays[path]) for path in in_part}
+        arrays |= {path: spread(arrays[path]) for path in in_part}
+        for path, (_, dtype) in (seals.kinds(meta) or {}).items():
+            if path in arrays:
+                arrays[path] = arrays[path].view(jax.numpy.dtype(dtype))
+        seals.check(arrays, meta, parts)
+        return arrays | seals.empty(meta)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """Reads the meta values of a save alone; a DamagedError as for `read`."""
-    import orbax.checkpoint as ocp
-
-    try:
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        sealed = _orbax(together=False).restore(folder, args=args)[_META]
-        content, checksum = sealed["content"], sealed["checksum"]
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:
-        raise _damaged(folder, reason(error)) from error
-    if checksum != seal(content):
-        raise _damaged(folder, "other content than was written in its meta values")
-    return content
+    with _reading(folder):
+        return seals.opened(json.loads((folder / _META / _META_FILE).read_bytes()))
 
 
 def warm_up() -> None:
@@ -171,7 +114,7 @@ def warm_up() -> None:
 
 def remove_drafts(path: Path) -> None:
     """Deletes what is left of saves that were not finished."""
-    for draft in path.glob(_DRAFT):
+    for draft in path.glob(_DRAFTS):
         shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -183,41 +126,105 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _damaged(folder: Path, why: str) -> DamagedError:
-    return DamagedError(f"checkpoint {folder} is damaged: {why}")
-
-
-def _checksum(array: np.ndarray) -> int:
-    data: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return zlib.crc32(data)
-
-
-def seal(content: Any) -> int:
-    """A checksum of plain values, the same before they are written as JSON and after."""
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _piece_sums(
-    array: np.ndarray | None, axis: int, written: Mapping[str, int], place: slice = slice(None)
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Checksums of the pieces that an array was written in, as written and as found, by their beginnings on an axis.
+@contextlib.contextmanager
+def reading(folder: Path, place: Path | None = None) -> Iterator[None]:
+    """What goes wrong inside, with the content of a save, is a DamagedError.
 
     Args:
-        array: None where it is missing.
-        axis: along which it was divided.
-        written: of all pieces.
-        place: the part along the axis that is looked at.
+        folder: the save.
+        place: the path that it is read by.
     """
-    if array is None:
-        return dict(written), {}
-    size = array.shape[axis]
-    starts = sorted(map(int, written))
-    spans = zip(starts, [*starts[1:], size], strict=True)
-    first, last, _ = place.indices(size)
-    seen = [(start, end) for start, end in spans if first <= start and end <= last]
-    along = np.moveaxis(array, axis, 0)
-    found = {str(start): _checksum(np.moveaxis(along[start:end], 0, axis)) for start, end in seen}
-    return {start: written[start] for start in found}, found
+    try:
+        yield
+    except (PermissionError, MemoryError, DamagedError):
+        raise
+    except Exception as error:
+        what = reason(error).replace(str(place or folder), str(folder))
+        raise DamagedError(f"checkpoint {folder} is damaged: {what}") from error
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[Path]:
+    """`reading`, once nothing in the folder can hold it up; gives the path that storage libraries take."""
+    with spelled(folder) as place, reading(folder, place):
+        look(folder)
+        yield place
+
+
+def _save(folder: Path, arrays: Mapping[str, Any], held: Mapping[str, Any], *, together: bool) -> None:
+    import orbax.checkpoint as ocp
+
+    # orbax takes no array without elements.
+    tree = nested({path: array for path, array in arrays.items() if array.size})
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(held))
+    with spelled(folder) as place:
+        _orbax(together=together).save(place, args=args)
+    if not together or jax.process_index() == 0:
+        _verify(folder)
+
+
+def _verify(folder: Path) -> None:
+    """Looks at a save as a load does, up to the arrays' content; one that cannot be read is taken away."""
+    try:
+        meta = read_meta(folder)
+        with _reading(folder) as place:
+            _found(place, meta)
+    except Exception as error:
+        # Renamed first: a kill in between leaves nothing that looks like a save.
+        shutil.rmtree(folder.rename(folder.with_name(_DRAFT.format(folder.name))), ignore_errors=True)
+        raise OSError(f"it was written, but cannot be read: {error}") from error
+
+
+def _found(place: Path, meta: Mapping[str, Any]) -> dict[str, seals.Kind]:
+    """Shapes and dtypes of the arrays that are there, by their paths.
+
+    Raises:
+        ValueError: others than were written, or of other shapes or dtypes.
+    """
+    there = flat(_orbax(together=False).metadata(place).item_metadata[_STATE].tree)
+    found = {path: (tuple(array.shape), np.dtype(array.dtype).name) for path, array in there.items()}
+    known = seals.kinds(meta)
+    if known is not None:
+        stored = {path: (shape, _stored_as(dtype).name) for path, (shape, dtype) in known.items() if 0 not in shape}
+        wrong = [path for path in {**stored, **found} if stored.get(path) != found.get(path)]
+        if wrong:
+            texts = [f"{path}: {_text(found.get(path))}, not {_text(stored.get(path))}" for path in sorted(wrong)[:5]]
+            raise ValueError(f"other arrays than were written ({len(wrong)}): {'; '.join(texts)}")
+    for path, (shape, _) in found.items():
+        chunk = there[path].storage.chunk_shape or shape
+        if len(chunk) != len(shape) or any(part > max(size, 1) for part, size in zip(chunk, shape, strict=True)):
+            raise ValueError(f"{path} is of shape {list(shape)}, but written in parts of {list(chunk)}")
+    return found
+
+
+def _check_room(found: Mapping[str, seals.Kind], axes: Mapping[str, int]) -> None:
+    """Compares what arrays say they take with what there is: to ask for more may end the process."""
+    nbytes = 0
+    for path, (shape, dtype) in found.items():
+        shares = jax.process_count() if path in axes else 1
+        nbytes += math.prod(shape) * jax.numpy.dtype(dtype).itemsize // shares
+    if nbytes > memory():
+        raise ValueError(f"its arrays say that they take {nbytes} bytes; this machine has {memory()} in all")
+
+
+def _text(kind: seals.Kind | None) -> str:
+    return "none" if kind is None else f"{kind[1]}{list(kind[0])}"
+
+
+def _stored(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays with elements, those of dtypes that the storage library does not know as bytes."""
+    return {path: array.view(_stored_as(array.dtype.name)) for path, array in arrays.items() if array.size}
+
+
+@functools.cache
+def _stored_as(dtype: str) -> np.dtype:
+    import tensorstore
+
+    try:
+        tensorstore.dtype(dtype)
+    except (TypeError, ValueError):
+        return np.dtype(np.uint8)
+    return np.dtype(jax.numpy.dtype(dtype))
 
 
 @functools.cache
@@ -236,7 +243,7 @@ def _orbax(*, together: bool) -> Any:
     )
     # Not compressed: parameters hardly are smaller for it, and it takes twice the time of a core that trains.
     state = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False, multiprocessing_options=options)
-    handlers = {_STATE: state, _META: ocp.JsonCheckpointHandler(multiprocessing_options=options)}
+    handlers = {_STATE: state, _META: ocp.JsonCheckpointHandler(_META_FILE, multiprocessing_options=options)}
     composite = ocp.CompositeOptions(multiprocessing_options=options)
     handler = ocp.CompositeCheckpointHandler(composite_options=composite, **handlers)
     return ocp.Checkpointer(handler, multiprocessing_options=options)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from learnax.checkpoint import files, history
+from learnax.checkpoint import files, history, seals
 from learnax.checkpoint.files import DamagedError
 from learnax.checkpoint.owner import beside, is_fixed
 
@@ -196,7 +196,7 @@ class Folder:
         """The index; one that is lost, cut short or changed is as good as none."""
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
             sealed = json.loads((self.path / _INDEX).read_text())
-            if sealed["checksum"] == files.seal(sealed["content"]):
+            if sealed["checksum"] == seals.seal(sealed["content"]):
                 return {int(number): Entry(*entry) for number, entry in sealed["content"].items()}
         return {}
 
@@ -205,7 +205,7 @@ class Folder:
         path = folder / _INDEX
         draft = path.with_suffix(_DRAFT)
         with draft.open("w") as file:
-            file.write(json.dumps({"content": content, "checksum": files.seal(content)}))
+            file.write(json.dumps({"content": content, "checksum": seals.seal(content)}))
             file.flush()
             os.fsync(file.fileno())
         self.guard()

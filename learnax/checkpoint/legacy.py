@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 from learnax.checkpoint import thaw
-from learnax.checkpoint.trees import as_dicts
+from learnax.checkpoint.files import DamagedError
 from learnax.state import PyTree, TrainState
+from learnax.utils import leaves_by_path
 
 _FILE = re.compile(r"state_(latest|best|[0-9]+)\.pyd")
 _KEYS = ("state", "step", "time")
@@ -44,14 +45,14 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         return _checkpoint(thaw.read(path, plain=False), path)
-    except (thaw.RefusedError, OSError):
+    except (thaw.RefusedError, DamagedError, OSError):
         raise
     except Exception as error:  # of a torn pickle nearly any kind
         raise thaw.damaged(path, error, "a checkpoint of learnax 0.1.0", "load another one of the run") from error
 
 
-def as_tree(state: TrainState, target: TrainState | None = None) -> dict[str, Any]:
-    """A state that `read` gave as nested dicts, their leaves under the names that today's optimisers use.
+def leaves(state: TrainState, target: TrainState | None = None) -> dict[str, Any]:
+    """The leaves of a state that `read` gave, under the names that today's optimisers use.
 
     An older optax kept no count of its own for a scheduled hyperparameter: `InjectHyperparamsState` went by the
     count of updates. Where the target has such counts, they are that count. Nothing in such a state tells whether
@@ -61,11 +62,12 @@ def as_tree(state: TrainState, target: TrainState | None = None) -> dict[str, An
         state: a state, as `read` gives it.
         target: the state (or its shapes) that it is to fit.
     """
-    opt_state = as_dicts(state.opt_state)
+    tree: dict[str, Any] = {"params": state.params, "opt_state": state.opt_state}
     if isinstance(state.opt_state, optax.InjectHyperparamsState):
         scheduled = getattr(target and target.opt_state, "hyperparams_states", {})
-        opt_state["hyperparams_states"] = {name: {"count": state.opt_state.count} for name in scheduled}
-    return {"params": as_dicts(state.params), "opt_state": opt_state, "step": np.asarray(state.step, np.int32)}
+        counts = {"hyperparams_states": {name: {"count": state.opt_state.count} for name in scheduled}}
+        tree["opt_state"] = {**state.opt_state._asdict(), **counts}
+    return leaves_by_path({**tree, "step": np.asarray(state.step, np.int32)})
 
 
 def _checkpoint(held: Any, path: Path) -> dict[str, Any]:
@@ -83,8 +85,6 @@ def _checkpoint(held: Any, path: Path) -> dict[str, Any]:
         raise ValueError(f"expected its state to be a TrainState, found a {type(state).__name__}")
     parts = {"params": state.params, "opt_state": state.opt_state}
     parts = jax.tree_util.tree_map_with_path(_leaf, parts)
-    if len(jax.tree.leaves(as_dicts(parts))) < len(jax.tree.leaves(parts)):
-        raise ValueError("its state has two leaves of one path")
     step = operator.index(held["step"] if state.step is None else state.step)
     np.int32(step)  # raises on a step that none can have
     checkpoint = {

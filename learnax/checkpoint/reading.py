@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from learnax.checkpoint import files, history, legacy
+from learnax.checkpoint import files, history, legacy, seals
 from learnax.checkpoint.files import DamagedError
 from learnax.checkpoint.history import HistoryLostError
 from learnax.checkpoint.pieces import divided_axes
-from learnax.checkpoint.trees import as_state
+from learnax.checkpoint.trees import as_state, nested, old_names, with_keys
 from learnax.processes import Processes
 from learnax.state import TrainState
 from learnax.utils import leaves_by_path
@@ -116,31 +116,37 @@ def _read(save: Path, target: TrainState | None, *, resume: bool, blank: bool) -
         return Loaded(save, _read_old(save, target), None)
     whole = True
     found: dict[str, np.ndarray] | None = None
+    meta = files.read_meta(save)
     if resume:  # first: a state is large
-        kept = files.read_meta(save).get("history")
+        kept = meta.get("history")
         if isinstance(kept, Mapping):
             try:
                 found = _histories(save, kept)
             except HistoryLostError:
                 if not blank:
                     raise
-                found, whole = history.blank(kept), False
+                with files.reading(save):
+                    found, whole = history.blank(kept), False
+    old = seals.kinds(meta) is None
     wanted = {} if target is None else {"params": target.params, "opt_state": target.opt_state}
-    tree, meta = files.read(save, divided_axes(leaves_by_path(wanted)))
-    tree = {"params": {}, "opt_state": {}, **tree}  # a tree without leaves leaves no trace
-    values = {
-        "state": as_state(tree, target, save),
-        "step": meta["step"],
-        "time": meta["time"],
-        "number": int(save.name) if save.name.isdecimal() else -1,
-        "resume": None,
-    }
-    if resume and "rng" in tree:
-        script = {"script": meta["script"]} if meta["script"] else {}
-        given = _inside(tree, meta["history"]) if found is None else found
-        values["resume"] = {"rng": tree["rng"], "position": meta["position"], **script, "history": given}
-    if meta["metrics"]:
-        values["metrics"] = meta["metrics"]
+    arrays = files.read(save, meta, divided_axes(old_names(wanted) if old else leaves_by_path(wanted)))
+    with files.reading(save):
+        arrays = with_keys(arrays, meta.get("keys", {}))
+        values: dict[str, Any] = {
+            "step": meta["step"],
+            "time": meta["time"],
+            "number": int(save.name) if save.name.isdecimal() else -1,
+            "resume": None,
+        }
+        if resume and "rng" in arrays:
+            script = {"script": meta["script"]} if meta["script"] else {}
+            given = _inside(arrays, meta["history"]) if found is None else found
+            values["resume"] = {"rng": arrays["rng"], "position": meta["position"], **script, "history": given}
+        if meta["metrics"]:
+            values["metrics"] = dict(meta["metrics"])
+        np.int32(arrays["step"])
+        nested(arrays)  # raises where a leaf is said to be in another one
+    values["state"] = as_state(arrays, target, save, old=old)
     return Loaded(save, values, meta["history"] if found is not None and whole else None)
 
 
@@ -153,18 +159,18 @@ def _histories(save: Path, kept: Mapping[str, Any]) -> dict[str, np.ndarray]:
         raise HistoryLostError(files.reason(error)) from error
 
 
-def _inside(tree: Mapping[str, Any], lengths: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:
+def _inside(arrays: Mapping[str, Any], lengths: Sequence[tuple[str, int]]) -> dict[str, np.ndarray]:
     """The histories of a save that has them in itself, as they were before they had files of their own."""
     if not lengths:
         return {}
-    values = np.split(tree["history"], np.cumsum([length for _, length in lengths])[:-1])
+    values = np.split(arrays["history"], np.cumsum([length for _, length in lengths])[:-1])
     return {name: array for (name, _), array in zip(lengths, values, strict=True)}
 
 
 def _read_old(path: Path, target: TrainState | None) -> dict[str, Any]:
     loaded = legacy.read(path)
     if target is not None:
-        loaded["state"] = as_state(legacy.as_tree(loaded["state"], target), target, path)
+        loaded["state"] = as_state(legacy.leaves(loaded["state"], target), target, path)
     return {**loaded, "number": -1, "resume": None}
 
 

@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from learnax.checkpoint import files
+from learnax.checkpoint import files, seals
 from learnax.checkpoint.folder import Entry, Folder
 from learnax.checkpoint.history import Grown, History
 from learnax.checkpoint.owner import Claim, LostError, OwnedError
 from learnax.checkpoint.pieces import Piece, own
 from learnax.checkpoint.snapshot import Camera, Snapshot
+from learnax.checkpoint.trees import without_keys
 from learnax.checkpoint.writer import Writer
 from learnax.processes import Processes
 from learnax.state import TrainState
@@ -146,7 +147,7 @@ class Saver:
         refusal = self._take()
         if refusal:
             self.tell(_NotTakenError(refusal), f"checkpoints cannot be saved now: {refusal}; the next save tries again")
-        wanted = self._camera.wanted(self._own(state)[0])  # now: a step may take the arrays over
+        wanted = self._camera.wanted(self._own(state)[0][0])  # now: a step may take the arrays over
 
         def job() -> None:
             self._camera.prepare(wanted)
@@ -171,7 +172,7 @@ class Saver:
             return path
         self.writer.wait_for_room(tree_bytes(state))
         resume = resume or {}
-        leaves, pieces = self._own(state)
+        (leaves, pieces), kinds = self._own(state)
         histories = {name: Grown(values, len(values)) for name, values in resume.get("history", {}).items()}
         meta = {
             **entry._asdict(),
@@ -179,6 +180,7 @@ class Saver:
             "metrics": {name: float(value) for name, value in metrics.items()} if metrics else None,
             "position": resume.get("position"),
             "script": resume.get("script"),
+            "keys": kinds,
         }
         more = {"rng": np.array(resume["rng"])} if "rng" in resume else {}
         self._saves += 1
@@ -299,19 +301,19 @@ class Saver:
     def _write_together(self, save: Save) -> None:
         """One save by all processes: the first one makes room, all write, and the first one gives it its name."""
         arrays, meta, failure = save.snapshot.arrays, dict(save.meta), ""
-        seals: list[dict[str, int]] = []
+        sums: list[dict[str, int]] = []
 
         def begin(told: list[str]) -> str:
-            seals.extend(map(json.loads, told))
+            sums.extend(map(json.loads, told))
             return _tried(lambda: meta.update(self._begin(save)))
 
         def commit(told: list[str]) -> str:
             failed = [f"on process {number}: {text}" for number, text in enumerate(told) if text]
             return json.dumps(["failed", failed[0]]) if failed else _tried(lambda: self.folder.commit(save.number))
 
-        self._agree(save, "beginning", json.dumps(files.piece_seals(arrays, save.pieces)), begin)
+        self._agree(save, "beginning", json.dumps(seals.piece_seals(arrays, save.pieces)), begin)
         try:
-            files.write_together(self.folder.draft(save.number), arrays, save.pieces, seals, save.more, meta)
+            files.write_together(self.folder.draft(save.number), arrays, save.pieces, sums, save.more, meta)
         except Exception as error:
             failure = files.reason(error)  # told to the others, who would wait for this one
         self._agree(save, "end", failure, commit)
@@ -346,10 +348,11 @@ class Saver:
     def _path(self, number: int) -> Path:
         return self.folder.given / str(number)
 
-    def _own(self, state: TrainState) -> tuple[dict[str, Any], dict[str, Piece]]:
-        """What this process has of a state, and which of that are pieces of arrays."""
-        leaves = leaves_by_path({"params": state.params, "opt_state": state.opt_state, "step": state.step})
-        return (leaves, {}) if self._processes.count == 1 else own(leaves)
+    def _own(self, state: TrainState) -> tuple[tuple[dict[str, Any], dict[str, Piece]], dict[str, str]]:
+        """What this process has of a state, and which of that are pieces of arrays; of which leaves are random keys."""
+        named = leaves_by_path({"params": state.params, "opt_state": state.opt_state, "step": state.step})
+        leaves, kinds = without_keys(named)
+        return (leaves, {}) if self._processes.count == 1 else own(leaves), kinds
 
 
 def _tried(work: Callable[[], Any]) -> str:

@@ -2,66 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from learnax.state import PyTree, TrainState, adam
-from learnax.utils import leaves_by_path
+from learnax.utils import is_key, key_data, leaves_by_path, unescaped
+
+Names = Mapping[str, Any]
+"""Leaves by their names, as `leaves_by_path` gives them."""
 
 
-def as_dicts(tree: PyTree) -> dict[str, Any]:
-    """Any containers as nested dicts: what is on disk does not depend on a library's classes."""
-    nested: dict[str, Any] = {}
-    for path, leaf in leaves_by_path(tree).items():
+def nested(leaves: Names) -> dict[str, Any]:
+    """Leaves by their names as nested dicts: what is on disk does not depend on a library's classes."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
         *parents, last = path.split("/")
-        place = nested
+        place = tree
         for name in parents:
             place = place.setdefault(name, {})
         place[last] = leaf
-    return nested
+    return tree
 
 
-def as_state(tree: dict[str, Any], target: TrainState | None, path: Path) -> TrainState:
-    """A state from nested dicts, in the target's containers, or in those of the default optimiser.
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The inverse of `nested`."""
+    leaves: dict[str, Any] = {}
+    for name, item in tree.items():
+        leaves |= flat(item, f"{above}{name}/") if isinstance(item, Mapping) else {f"{above}{name}": item}
+    return leaves
+
+
+def without_keys(leaves: Names) -> tuple[dict[str, Any], dict[str, str]]:
+    """Leaves in which numbers take the place of typed random keys, and what kind of keys they are, by name."""
+    kinds = {path: str(jax.random.key_impl(leaf)) for path, leaf in leaves.items() if is_key(leaf)}
+    return {path: key_data(leaf) for path, leaf in leaves.items()}, kinds
+
+
+def with_keys(leaves: Names, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """The inverse of `without_keys`."""
+    made = {path: jax.random.wrap_key_data(leaves[path], impl=kind) for path, kind in kinds.items() if path in leaves}
+    return {**leaves, **made}
+
+
+def old_names(tree: PyTree) -> dict[str, Any]:
+    """Leaves by the names that they had before names were escaped."""
+    flattened = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flattened}
+
+
+def as_state(leaves: Names, target: TrainState | None, path: Path, *, old: bool = False) -> TrainState:
+    """A state from its leaves, in the target's containers, or in those of the default optimiser.
+
+    Args:
+        leaves: by their names, with the state's fields before them.
+        target: a state, or its shapes.
+        path: the checkpoint, for the error.
+        old: whether the names are those of before they were escaped.
 
     Raises:
         ValueError: the checkpoint does not fit the target; the leaves that differ are named.
     """
-    params, opt_state = tree["params"], tree.get("opt_state", {})
+    named = old_names if old else leaves_by_path
     if target is None:
-        return TrainState(params, _default_opt_state(params, opt_state), int(tree["step"]))
-    saved, wanted = {"params": params}, {"params": target.params}
+        tree = nested(leaves) if old else _with_keys_as_they_were(nested(leaves))
+        params, opt_state = (tree.get(part, {}) for part in ("params", "opt_state"))
+        default = _default_opt_state(params, _below("opt_state/", leaves), named)
+        return TrainState(params, opt_state if default is None else default, int(leaves["step"]))
+    wanted = {"params": target.params}
     if target.opt_state is not None:
-        saved["opt_state"], wanted["opt_state"] = opt_state, target.opt_state
-    differences = _differences(leaves_by_path(saved), leaves_by_path(wanted))
+        wanted["opt_state"] = target.opt_state
+    names = named(wanted)
+    saved = {name: leaf for name, leaf in leaves.items() if name.split("/")[0] in wanted}
+    structure: Any = jax.tree.structure(wanted)
+    differences = _differences(saved, names)
+    if len(names) < structure.num_leaves:
+        differences.append("two leaves of the model have one name in this checkpoint, which is of an earlier version")
     if differences:
         raise ValueError(
             f"checkpoint {path} does not match this model and optimiser; leaves that differ ({len(differences)}):\n"
             + "\n".join(f"  {line}" for line in differences[:20])
         )
-    leaves = leaves_by_path(saved)
-    filled = jax.tree.unflatten(jax.tree.structure(wanted), [leaves[name] for name in leaves_by_path(wanted)])
-    return TrainState(filled["params"], filled.get("opt_state"), tree["step"])
+    filled = jax.tree.unflatten(structure, [saved[name] for name in names])
+    return TrainState(filled["params"], filled.get("opt_state"), leaves["step"])
 
 
-def _default_opt_state(params: PyTree, saved: PyTree) -> PyTree:
-    """The saved optimiser state in the default optimiser's containers, with a fixed rate or a schedule."""
+def _with_keys_as_they_were(tree: Any) -> Any:
+    """Nested dicts under the keys that the tree had; under their names, where two of them are spelled alike."""
+    if not isinstance(tree, dict):
+        return tree
+    keys = [unescaped(key) for key in tree]
+    names: Iterable[str] = keys if len(set(keys)) == len(keys) else tree
+    return {name: _with_keys_as_they_were(item) for name, item in zip(names, tree.values(), strict=True)}
+
+
+def _below(start: str, leaves: Names) -> dict[str, Any]:
+    return {name.removeprefix(start): leaf for name, leaf in leaves.items() if name.startswith(start)}
+
+
+def _default_opt_state(params: PyTree, saved: Names, named: Any) -> PyTree | None:
+    """The saved optimiser state in the default optimiser's containers, with a fixed rate or a schedule, if it fits."""
     for rate in (0.0, lambda count: 0.0):
-        with jax.numpy_dtype_promotion("standard"):  # of parameters of several dtypes, it asks for the highest
-            shapes = jax.eval_shape(adam(rate).init, params)
-        if not _differences(leaves_by_path(saved), leaves_by_path(shapes)):
-            leaves = leaves_by_path(saved)
-            return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in leaves_by_path(shapes)])
-    return saved
+        try:
+            with jax.numpy_dtype_promotion("standard"):  # of parameters of several dtypes, it asks for the highest
+                shapes = jax.eval_shape(adam(rate).init, params)
+        except (TypeError, ValueError):  # it takes no such parameters: they were another optimiser's
+            return None
+        names = named(shapes)
+        if not _differences(saved, names):
+            return jax.tree.unflatten(jax.tree.structure(shapes), [saved[name] for name in names])
+    return None
 
 
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def _differences(saved: Names, wanted: Names) -> list[str]:
     """Leaves that are on one side only, or differ in shape or dtype."""
 
     def text(leaf: Any) -> str:
+        leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
         return f"{leaf.dtype}{list(leaf.shape)}"
 
     lines = []
