@@ -365,15 +365,9 @@ class Trainer:
                     self.stops.check()
             self.log.drain()
             means = {"train": self.log.training_means(self.position.marks)}
-            due = self.val_every is None or epoch % self.val_every == 0
-            # The last epoch is validated in any case, by keys beside the run's: a run that is made longer later draws
-            # what it would have drawn without.
-            seq = self.rng_seq if due else jax.random.fold_in(self.rng_seq, _LAST_STREAM)
-            if due or epoch == self.num_epochs - 1:
-                for name in [name for name in self.loaders if name != "train"]:
-                    means[name], seq = self._validate(name, seq)
+            validated, seq = self._validations(epoch)
             # Only now that all is done: an epoch that is interrupted before validates again, on the same keys.
-            self._end_epoch(epoch, means, seq if due else self.rng_seq)
+            self._end_epoch(epoch, means | validated, seq)
 
     def _dispatches(self, block: Block) -> Iterator[tuple[int, int]]:
         """Cuts a block where something is due: `(first batch, steps)` of each dispatch, at most `plan.room` steps."""
@@ -451,6 +445,22 @@ class Trainer:
         if not self.engine.spans:
             return block.batch(number)
         return self.engine.whole(jax.tree.map(lambda leaf: leaf[number % len(leaf)], block.device))
+
+    def _validations(self, epoch: int) -> tuple[dict[str, dict[str, float]], jax.Array]:
+        """Evaluates the validation sets where that is due: the means of each, and the random sequence after it."""
+        due = self.val_every is None or epoch % self.val_every == 0
+        if not due and epoch != self.num_epochs - 1:
+            return {}, self.rng_seq
+        seq = self.rng_seq
+        if not due:
+            # The last epoch is validated in any case, by keys beside the run's: one that is made longer later draws
+            # what it would have drawn without.
+            fold = jax.jit(jax.random.fold_in, out_shardings=self.engine.sharding(SAME))
+            seq = fold(seq, np.uint32(_LAST_STREAM))
+        means = {}
+        for name in [name for name in self.loaders if name != "train"]:
+            means[name], seq = self._validate(name, seq)
+        return means, seq if due else self.rng_seq
 
     def _validate(self, name: str, seq: jax.Array) -> tuple[dict[str, float], jax.Array]:
         """Evaluates one validation set, every datum once: its means, and the random sequence after it."""

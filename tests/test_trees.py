@@ -62,10 +62,10 @@ def round_trip(state, folder=None, target=True):
     """The state as a fresh checkpointer reads it, from a folder of its own."""
     path = Path(folder or tempfile.mkdtemp(prefix="learnax-tests-"))
     try:
-        saver = Checkpointer(path / "checkpoints")
+        saver = Checkpointer.at(path / "checkpoints")
         saver.save_latest(state, 3)
         saver.wait()
-        return Checkpointer(path / "checkpoints").load_latest(state if target else None)["state"]
+        return Checkpointer.at(path / "checkpoints").load_latest(target=state if target else None)["state"]
     finally:
         shutil.rmtree(path)
 
@@ -194,12 +194,12 @@ def test_any_tree_comes_back_bit_for_bit(params, opt_state):
     state = TrainState(params, opt_state, np.int32(3))
     path = Path(tempfile.mkdtemp(prefix="learnax-tests-"))
     try:
-        saver = Checkpointer(path)
+        saver = Checkpointer.at(path)
         saver.save_latest(state, 3)
         saver.wait()
-        assert_same(Checkpointer(path).load_latest(state)["state"], state)
+        assert_same(Checkpointer.at(path).load_latest(target=state)["state"], state)
         # Without a target the containers are dicts, and no leaf is lost or another one.
-        plain = Checkpointer(path).load_latest()["state"]
+        plain = Checkpointer.at(path).load_latest()["state"]
         assert sorted(map(bits, jax.tree.leaves(plain.params))) == sorted(map(bits, jax.tree.leaves(params)))
         assert sorted(map(bits, jax.tree.leaves(plain.opt_state))) == sorted(map(bits, jax.tree.leaves(opt_state)))
     finally:
@@ -245,10 +245,10 @@ def test_typed_random_keys_come_back_as_such(impl):
 def test_a_key_of_another_kind_than_the_models_is_named():
     state = TrainState({}, {"key": jax.random.key(3)}, np.int32(3))
     folder = Path(tempfile.mkdtemp(prefix="learnax-tests-"))
-    saver = Checkpointer(folder)
+    saver = Checkpointer.at(folder)
     saver.save_latest(state, 3)
     with pytest.raises(ValueError, match=r"opt_state/key: key<fry>\[\] in the checkpoint, key<rbg>\[\] in the model"):
-        saver.load_latest(state._replace(opt_state={"key": jax.random.key(3, impl="rbg")}))
+        saver.load_latest(target=state._replace(opt_state={"key": jax.random.key(3, impl="rbg")}))
     shutil.rmtree(folder)
 
 
@@ -344,8 +344,8 @@ def test_a_save_of_before_names_were_escaped_can_be_read(tmp_path):
     tree = nested({name: array for name, array in arrays.items() if array.size})
     args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(held))
     files._orbax(together=False).save(tmp_path / "0", args=args)
-    reader = Checkpointer(tmp_path)
-    assert_same(reader.load_latest(state)["state"], state)
+    reader = Checkpointer.at(tmp_path)
+    assert_same(reader.load_latest(target=state)["state"], state)
     plain = reader.load_latest()["state"]
     assert set(plain.params) == {"two words", "x.y", "x@y", "p%q", "s"}  # as it was: the slash divides
     assert_same(plain.params["p%q"], params["p%q"])
@@ -353,7 +353,7 @@ def test_a_save_of_before_names_were_escaped_can_be_read(tmp_path):
     with pytest.raises(
         ValueError, match="two leaves of the model have one name in this checkpoint, which is of an earlier"
     ):
-        reader.load_latest(twice)
+        reader.load_latest(target=twice)
 
 
 # ---- names of folders
@@ -378,28 +378,28 @@ FOLDERS = [
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_of_any_name_can_be_saved_to_and_read_from(tmp_path, name):
-    saver = Checkpointer(tmp_path / name / "checkpoints")
+    saver = Checkpointer.at(tmp_path / name / "checkpoints")
     saver.save_checkpoint(TrainState({"w": jnp.full(2, 2.0)}, (), np.int32(1)), 1)
     saver.wait()
-    reader = Checkpointer(tmp_path / name / "checkpoints")
-    assert reader.list_available_checkpoints() == ["latest", 1]
+    reader = Checkpointer.at(tmp_path / name / "checkpoints")
+    assert list(reader.list_available_checkpoints()) == ["latest", 1]
     assert reader.load_latest()["state"].params["w"][0] == 2
     assert [entry.name for entry in tmp_path.iterdir()] == [name]  # and nothing elsewhere
 
 
 def test_a_name_that_would_match_another_folder_reads_its_own(tmp_path):
     for number, name in enumerate(["ab", "a?", "a[b]"]):
-        saver = Checkpointer(tmp_path / name)
+        saver = Checkpointer.at(tmp_path / name)
         saver.save_latest(TrainState({"w": jnp.full(2, float(number))}, (), np.int32(1)), 1)
         saver.wait()
     for number, name in enumerate(["ab", "a?", "a[b]"]):
-        assert Checkpointer(tmp_path / name).load_latest()["state"].params["w"][0] == number
+        assert Checkpointer.at(tmp_path / name).load_latest()["state"].params["w"][0] == number
 
 
 def test_where_no_other_path_leads_there_it_is_told(tmp_path, monkeypatch):
     odd = tmp_path / "[x]"
     odd.mkdir()
-    saver, state = Checkpointer(odd / "checkpoints"), TrainState({"w": jnp.ones(2)}, (), np.int32(1))
+    saver, state = Checkpointer.at(odd / "checkpoints"), TrainState({"w": jnp.ones(2)}, (), np.int32(1))
     saver.save_latest(state, 1)
     saver.wait()
     with monkeypatch.context() as temporary:
@@ -408,5 +408,5 @@ def test_where_no_other_path_leads_there_it_is_told(tmp_path, monkeypatch):
         with pytest.raises(SaveError, match=r"OSError: .*storage libraries cannot open.*set TMPDIR to another one"):
             saver.wait()
         with pytest.raises(OSError, match="set TMPDIR to another one"):
-            Checkpointer(odd / "checkpoints").load_latest()
-    assert Checkpointer(odd / "checkpoints").load_latest()["step"] == 1
+            Checkpointer.at(odd / "checkpoints").load_latest()
+    assert Checkpointer.at(odd / "checkpoints").load_latest()["step"] == 1

@@ -191,7 +191,7 @@ def _found(place: Path, meta: Mapping[str, Any]) -> dict[str, seals.Kind]:
             texts = [f"{path}: {_text(found.get(path))}, not {_text(stored.get(path))}" for path in sorted(wrong)[:5]]
             raise ValueError(f"other arrays than were written ({len(wrong)}): {'; '.join(texts)}")
     for path, (shape, _) in found.items():
-        chunk = there[path].storage.chunk_shape or shape
+        chunk = getattr(there[path].storage, "chunk_shape", None) or shape  # what was written as numpy may have none
         if len(chunk) != len(shape) or any(part > max(size, 1) for part, size in zip(chunk, shape, strict=True)):
             raise ValueError(f"{path} is of shape {list(shape)}, but written in parts of {list(chunk)}")
     return found
