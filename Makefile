@@ -9,7 +9,7 @@ SCRIPT ?= -m bench.train $(WORKLOAD)
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: train train-2 test check test-floor soak bench bench-compare bench-scaling profile nsys ncu clean
+.PHONY: train train-2 test test-quick check test-floor soak bench bench-compare bench-scaling profile nsys ncu clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -31,6 +31,11 @@ train-2: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Those that start no process of their own. Compiled programs are kept from one call to the next.
+test-quick: $(INSTALLED)
+	LEARNAX_COMPILATION_CACHE=$(abspath $(VENV))/programs \
+		$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes" -q $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
