@@ -4,6 +4,7 @@ from learnax.data.batch import (
     Block as Block,
     arranged as arranged,
     as_list as as_list,
+    copied as copied,
     signature_of as signature_of,
     stack_on_host as stack_on_host,
 )
