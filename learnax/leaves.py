@@ -45,15 +45,15 @@ def array_of(leaf: Any) -> Any:
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
         raise ValueError("is a masked array with masked elements; fill them, or give the mask as an array of its own")
     if not _is_array_like(leaf):
-        raise TypeError(f"is a {_name(leaf)}: neither array, number, text nor None; {_ADVICE}")
+        raise TypeError(f"is of type {_name(leaf)}, neither array, number, text nor None; {_ADVICE}")
     try:
         array = np.asarray(leaf)
     except Exception as error:
-        raise TypeError(f"is a {_name(leaf)} that gives no array: {type(error).__name__}: {error}") from error
-    if array.dtype.kind in "SU":
+        raise TypeError(f"is of type {_name(leaf)}, and gives no array: {type(error).__name__}: {error}") from error
+    if array.dtype.kind in "SUT":
         return None
     if not _is_numeric(array.dtype):
-        raise TypeError(f"is a {_name(leaf)} of dtype {array.dtype}, which no device can hold; {_ADVICE}")
+        raise TypeError(f"is of type {_name(leaf)} and dtype {array.dtype}, which no device can hold; {_ADVICE}")
     return array
 
 

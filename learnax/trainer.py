@@ -21,7 +21,7 @@ from learnax import checks, clock
 from learnax.actions import Action, ModelSaver, Moment, Plotter, Sampler, StateSaver
 from learnax.cache import use_cache
 from learnax.checkpoint import Checkpointer, SaveError
-from learnax.data import Block, Loader, Repeated, check_dataset, copied, first_datum
+from learnax.data import Block, Loader, Repeated, check_dataset, copied, first_datum, tell_of_generators
 from learnax.engine import BATCHES, SAME, Engine
 from learnax.log import Log, Means
 from learnax.log import in_notebook as in_notebook
@@ -741,6 +741,7 @@ class Trainer:
             heed=self._heed,
         )
         if not self._single:
+            tell_of_generators(name, dataset)
             return loader
         return Repeated(loader, self._epoch_steps * self.accumulate_steps, datum=self.single_datum, put=put)
 

@@ -158,7 +158,7 @@ class Rows:
                 arrays = [leaf for leaf in column if isinstance(leaf, jax.Array)]
                 keys = arrays and jnp.issubdtype(arrays[0].dtype, jax.dtypes.extended)
                 if keys or (arrays and not self._held):
-                    return jnp.stack([leaf if isinstance(leaf, jax.Array) else _one_held(leaf) for leaf in column])
+                    return jnp.stack([_one_held(row, leaf) for row, leaf in enumerate(column)])
                 column = stack_numbers(column)
             return as_held(column) if self._held else column
         except UnfitError as error:
@@ -273,8 +273,14 @@ def _paths(tree: PyTree) -> list[str]:
     return [jax.tree_util.keystr(path) or "(the whole)" for path, _ in flat]
 
 
-def _one_held(leaf: Any) -> np.ndarray:
-    return as_held(stack_numbers([leaf]))[0]
+def _one_held(row: int, leaf: Any) -> Any:
+    """A leaf as devices hold it, beside arrays of JAX."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    try:
+        return as_held(stack_numbers([leaf]))[0]
+    except UnfitError as error:
+        raise UnfitError(row, str(error)) from None
 
 
 def _kind(leaf: Any) -> str:

@@ -15,3 +15,4 @@ from learnax.data.loader import (
     check_dataset as check_dataset,
     first_datum as first_datum,
 )
+from learnax.data.randomness import tell_of_generators as tell_of_generators

@@ -95,8 +95,10 @@ class Hold:
             try:
                 line.connect(self._address)
                 sockets.append(line)
-            except OSError:
+            except ConnectionRefusedError:  # it is closed by now
                 self._leave()
+            except OSError:  # somewhere that processes must not talk: then the parent's death is all there is to see
+                pass
         # Somebody who was forked from the parent may keep the socket open: its death is looked for as well.
         while not select.select(sockets, [], [], 1.0)[0]:
             if os.getppid() != self._parent:

@@ -152,7 +152,12 @@ class Collate:
         try:
             return stack_on_host(data, indices, self.batch_size)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"dataset {self.name!r}: {error}") from error
+            raise self.error(error) from error
+
+    def error(self, error: TypeError | ValueError) -> TypeError | ValueError:
+        """What went wrong with the data of a batch, with the name of the split."""
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        return kind(f"dataset {self.name!r}: {error}")
 
 
 def read_item(name: str, dataset: Any, index: int) -> Any:

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import multiprocessing
-import multiprocessing.spawn
 import os
 import signal
 import threading
@@ -29,6 +28,7 @@ from learnax.data.batch import as_list
 from learnax.data.ending import Hold, Lifeline, room_text
 from learnax.data.reading import Collate, DatasetError, Heed, error_text
 from learnax.data.sending import Classes, in_main, in_worker, to_main, to_worker
+from learnax.data.spawning import PROCESS_NAME, grain_library, keep_main_from_workers
 from learnax.leaves import NUMBERS
 from learnax.utils import Rows
 
@@ -36,7 +36,6 @@ AHEAD = 4
 """Batches that each worker keeps ready."""
 PATIENCE_S = 600.0
 """How long a worker may take for one batch; after that it counts as hanging."""
-_PROCESS_NAME = "grain-process-prefetch-"
 _BUS_ERROR = f"exit code -{signal.SIGBUS.value}."
 _PLAIN = {np.ndarray, np.memmap, str, bytes, *NUMBERS}
 """Leaves that a worker stacks. Another one may be a container that only the main process has registered."""
@@ -89,8 +88,8 @@ class Workers:
 
     def _open(self, start: int) -> None:
         self.close()
-        _keep_main_from_workers()
-        grain = _grain()
+        keep_main_from_workers()
+        grain = grain_library()
         # One thread in each worker: datasets need not be safe for several, and AHEAD bounds what is kept ready.
         one_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         endless = grain.MapDataset.source(self._source).repeat()[start:].to_iter_dataset(one_thread)
@@ -172,7 +171,7 @@ class _Watchdog:
             self.bit = time.monotonic() - since > PATIENCE_S
             if self.bit or self._asks_to_stop():
                 for process in multiprocessing.active_children():
-                    if process.name.startswith(_PROCESS_NAME):
+                    if process.name.startswith(PROCESS_NAME):
                         process.kill()
                 return
 
@@ -259,7 +258,7 @@ class _Source:
                     rows.add(index, datum)
                     continue
             except (TypeError, ValueError) as error:
-                return self._failure(error, type(error), f"dataset {self._name!r}: {error}")
+                return self._unfit(error)
             try:
                 if not sent:
                     sent = [to_main(rows.tree(number), self.classes) for number in range(len(rows))]
@@ -272,10 +271,14 @@ class _Source:
         try:
             return _Stacked(rows.stacked())
         except (TypeError, ValueError) as error:
-            return self._failure(error, type(error), f"dataset {self._name!r}: {error}")
+            return self._unfit(error)
 
     def _text(self, what: str, error: BaseException) -> str:
         return f"dataset {self._name!r}: {what}: {type(error).__name__}: {error}; num_workers=0 reads in this process"
+
+    def _unfit(self, error: TypeError | ValueError) -> _Failure:
+        told = self._collate.error(error)
+        return self._failure(error, type(told), str(told))
 
     def _failure(self, error: BaseException, kind: type[Exception], text: str) -> _Failure:
         pickled = b""
@@ -335,34 +338,3 @@ def _culprit(dataset: Any) -> str:
         except Exception:
             return f"its attribute {attribute!r} of type {type(value).__name__}: "
     return ""
-
-
-def _grain() -> Any:
-    from absl import flags
-
-    # grain reads absl flags, which only programs started through absl.app have parsed.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    import grain
-
-    return grain
-
-
-@functools.cache
-def _keep_main_from_workers() -> None:
-    """From now on, workers are told of no main module, so that they do not run the script again.
-
-    The standard library has no setting for this: it sends the script's path to every spawned
-    process. Only grain's processes are concerned, by their name; it starts them in threads of its
-    own, at a time of its own, so that this is not taken back.
-    """
-    original = multiprocessing.spawn.get_preparation_data
-
-    def without_main(name: str) -> dict[str, Any]:
-        data = original(name)
-        if name.startswith(_PROCESS_NAME):
-            for key in ("init_main_from_path", "init_main_from_name"):
-                data.pop(key, None)
-        return data
-
-    multiprocessing.spawn.get_preparation_data = without_main
