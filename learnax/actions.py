@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from learnax.checkpoint import Checkpointer
-from learnax.data import signature_of
+from learnax.data import copied, signature_of
 from learnax.engine import SAME, Engine, Kind, Wanted
 from learnax.session import by_step
 from learnax.state import PyTree, TrainState
@@ -33,7 +33,7 @@ class Moment:
         step: updates made, this one included.
         state: the state after it, on the devices; the next step takes over its buffers.
         batch: what it was trained on, on the host: arguments with leaves `(batch_size, ...)`; empty where nothing is
-            shown.
+            shown. A device may read this memory: user code gets it `copied`.
         outputs: the model's outputs, on the host; None where no action asks for them.
         metrics: the step's metrics.
     """
@@ -98,7 +98,7 @@ class Plotter(Every):
         outputs = tree_unstack(_to_host(moment.outputs))
         if self._plot_model is not None:
             outputs = [self._plot_model(output) for output in outputs]
-        self._plot_pipe(self._run, outputs, tree_unstack(self._unwrap(moment.batch)))
+        self._plot_pipe(self._run, outputs, tree_unstack(copied(self._unwrap(moment.batch))))
         return {}
 
 
@@ -132,7 +132,7 @@ class Sampler(Every):
         unwrap: Callable[[list[Any]], PyTree],
     ):
         super().__init__(every)
-        self._params = engine.put(dict(sample_params or {}), SAME)
+        self._params = engine.put(copied(dict(sample_params or {})), SAME)
         self._plot = sample_plot
         self._metrics = sample_metrics
         self._size = size
@@ -163,7 +163,7 @@ class Sampler(Every):
             self._plot(self._run, samples, None)
         if self._metrics is None:
             return {}
-        rows = [self._metrics(sample, datum) for sample, datum in zip(samples, tree_unstack(data), strict=True)]
+        rows = [self._metrics(sample, datum) for sample, datum in zip(samples, tree_unstack(copied(data)), strict=True)]
         return {name: float(np.mean([np.asarray(row[name]) for row in rows])) for name in rows[0]}
 
 

@@ -97,7 +97,7 @@ class Programs:
             datum: any datum, as a list.
         """
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            key = jax.random.wrap_key_data(key)
+            key = jax.random.wrap_key_data(jnp.array(key))  # a copy: the caller may change it
         host = arranged(batch, datum, self._recipe.batch_size, self._recipe.shards)
         data = self._engine.spread(host, SPLIT)
         owned = self._engine.own(state._replace(step=np.int32(state.step)), self._engine.layout)

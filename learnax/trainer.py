@@ -21,7 +21,7 @@ from learnax import checks, clock
 from learnax.actions import Action, ModelSaver, Moment, Plotter, Sampler, StateSaver
 from learnax.cache import use_cache
 from learnax.checkpoint import Checkpointer, SaveError
-from learnax.data import Block, Loader, Repeated
+from learnax.data import Block, Loader, Repeated, copied, tell_of_generators
 from learnax.engine import BATCHES, SAME, Engine
 from learnax.log import Log, Means
 from learnax.log import NoProgressError as NoProgressError
@@ -847,10 +847,17 @@ class Trainer:
             room=self.plan.room * (self.accumulate_steps if training else 1),
             budget=RESIDENT_BYTES,
             put=put,
+            heed=self._heed,
         )
         if not self._single:
+            tell_of_generators(name, dataset)
             return loader
         return Repeated(loader, self._epoch_steps * self.accumulate_steps, datum=self.single_datum, put=put)
+
+    def _heed(self) -> None:
+        """Stops while data are waited for, as after a dispatch; several processes agree on a dispatch to stop after."""
+        if self._running and self.processes.count == 1:
+            self.stops.check()
 
     def _compile(self) -> None:
         """Compiles the run's programs, on the shapes of each split's first datum."""
@@ -870,6 +877,7 @@ class Trainer:
 
     def _as_arguments(self, batch: PyTree) -> list[Any]:
         """A stacked batch as arguments, whether it was given as those or as the dataset gives them."""
+        batch = copied(batch)  # devices may read it when the caller changes it
         return batch if same_structure(batch, self._first) else [batch]
 
 

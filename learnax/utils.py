@@ -4,65 +4,196 @@ from __future__ import annotations
 
 import collections
 import functools
+import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from learnax.leaves import NUMBERS, UnfitError, array_of, as_held, is_array, stack_numbers
+
 PyTree = Any
 
-_NUMBERS = (bool, int, float, complex, np.generic)
 
-
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf can be stacked: an array or a number, but no text, object or date."""
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        return leaf.dtype.kind not in "OSUMm"
-    return isinstance(leaf, (jax.Array, *_NUMBERS))
-
-
-def tree_stack(
-    trees: Sequence[PyTree],
-    *,
-    indices: Sequence[int] | None = None,
-    stack: Callable[[list[Any]], Any] | None = None,
-) -> PyTree:
+def tree_stack(trees: Sequence[PyTree], *, indices: Sequence[int] | None = None) -> PyTree:
     """Stacks pytrees of one structure along a new leading axis.
 
     Args:
         trees: n pytrees of one structure; a leaf of shape `s` becomes one of shape `(n, *s)`.
-            Python and numpy numbers count as arrays of shape `()`; a leaf that is no array
-            (a string, None) becomes None.
+            Python and numpy numbers count as arrays of shape `()`, and whatever gives a numpy array
+            (`__array__`, the buffer protocol) as that; text, bytes and None become None.
         indices: what to call each tree in an error, 0 to n - 1 by default.
-        stack: joins n leaves of one shape; by default `jnp.stack` where one of them is a
-            `jax.Array`, else `np.stack`.
 
     Returns:
-        One pytree of the same structure.
+        One pytree of the same structure, of arrays that share no memory with the trees: of JAX where
+        one of the n leaves is a `jax.Array`, else of numpy.
 
     Raises:
-        ValueError: no trees, or trees that differ in structure or in the shape of a leaf. The
-            text has the leaf's path, the index, and both structures or shapes.
+        ValueError: no trees, trees that differ in structure or in the shape of a leaf, or a number
+            that its dtype cannot hold. The text has the leaf's path, the index, and both structures or
+            shapes, or the number.
+        TypeError: a leaf that is neither array, number, text nor None, by path, index and type.
     """
-    if not len(trees):
-        raise ValueError("tree_stack: expected at least one tree, got none")
-    names = range(len(trees)) if indices is None else indices
-    first, structure = _flatten(trees[0])
-    rows = [first]
-    for name, tree in zip(names[1:], trees[1:], strict=True):
-        leaves, other = _flatten(tree)
-        if other != structure:
-            raise ValueError(_structure_text(names[0], trees[0], name, tree))
-        rows.append(leaves)
-    stack = stack or _stack
-    columns: list[Any] = []
-    for position, column in enumerate(zip(*rows, strict=True)):
-        _check_column(column, names, trees[0], position)
-        columns.append(stack(list(column)) if is_array(column[0]) else None)
-    return jax.tree_util.tree_unflatten(structure, columns)
+    rows = Rows(len(trees))
+    for name, tree in zip(range(len(trees)) if indices is None else indices, trees, strict=True):
+        rows.add(name, tree)
+    return rows.stacked()
+
+
+class Rows:
+    """Stacks trees as they come: the memory of one may be used again once it was added.
+
+    Args:
+        room: trees at most.
+        held: whether leaves become numpy arrays of the dtypes that devices hold, all but random keys, which
+            have no form in numpy.
+    """
+
+    def __init__(self, room: int, *, held: bool = False):
+        self._room = room
+        self._held = held
+        self._names: list[int] = []
+        self._first: PyTree = None
+        self._structure: Any = None
+        self._flat = False
+        self._shapes: list[tuple[int, ...] | None] = []
+        # Of each leaf: arrays are copied into the rows of one; what cannot change (numbers, text) is kept in a list.
+        self._columns: list[Any] = []
+        # Of each leaf, what needs no second look: shape and dtype of an array, else a type.
+        self._usual: list[Any] = []
+
+    def __len__(self) -> int:
+        """Trees that were added."""
+        return len(self._names)
+
+    def add(self, name: int, tree: PyTree) -> None:
+        """Adds a tree.
+
+        Args:
+            name: what to call it in an error.
+            tree: see `tree_stack`, for what is raised, too.
+        """
+        if not self._names:
+            self._begin(name, tree)
+        # This runs for each leaf of each datum: what is usual is asked for cheaply.
+        elif not (self._flat and type(tree) is list and self._put(tree)):
+            leaves, structure = _flatten(tree)
+            if structure != self._structure:
+                raise ValueError(_structure_text(self._names[0], self._first, name, tree))
+            if not self._put(leaves):
+                for position, leaf in enumerate(leaves):
+                    self._add(position, name, leaf)
+        self._names.append(name)
+
+    def tree(self, number: int) -> PyTree:
+        """One of the trees that were added: its arrays are copies."""
+        return jax.tree_util.tree_unflatten(self._structure, [column[number] for column in self._columns])
+
+    def stacked(self) -> PyTree:
+        """All of them; where there is room left, the last one is repeated."""
+        if not self._names:
+            raise ValueError("tree_stack: expected at least one tree, got none")
+        leaves = [self._finished(position) for position in range(len(self._columns))]
+        return jax.tree_util.tree_unflatten(self._structure, leaves)
+
+    def _put(self, leaves: list[Any]) -> bool:
+        """Puts leaves into their rows, if all of them are as usual."""
+        number = len(self._names)
+        if len(leaves) != len(self._usual):
+            return False
+        for leaf, usual, column in zip(leaves, self._usual, self._columns, strict=True):
+            kind = type(leaf)
+            if (kind is np.ndarray and (leaf.shape, leaf.dtype) == usual) or kind is usual:
+                column[number] = leaf
+            else:
+                return False
+        return True
+
+    def _begin(self, name: int, tree: PyTree) -> None:
+        self._first = tree
+        leaves, self._structure = _flatten(tree)
+        self._flat = type(tree) is list and len(leaves) == len(tree) and all(map(operator.is_, leaves, tree))
+        for position, leaf in enumerate(leaves):
+            array = self._array(position, name, leaf)
+            self._shapes.append(None if array is None else np.shape(array))
+            if isinstance(array, np.ndarray):
+                column: Any = np.empty((self._room, *array.shape), array.dtype.newbyteorder("="))
+                self._usual.append((array.shape, column.dtype))
+            else:
+                column = [None] * self._room
+                self._usual.append(type(leaf) if type(leaf) in NUMBERS or type(leaf) in _TEXT else None)
+            column[0] = leaf if array is None else array
+            self._columns.append(column)
+
+    def _add(self, position: int, name: int, leaf: Any) -> None:
+        array, number, column = self._array(position, name, leaf), len(self._names), self._columns[position]
+        shape = None if array is None else np.shape(array)
+        if shape != self._shapes[position]:
+            first = _flatten(self._first)[0][position]
+            raise ValueError(
+                f"leaf {_paths(self._first)[position]} differs within a batch: datum {self._names[0]} has "
+                f"{_kind(first)}, datum {name} has {_kind(leaf)}; pad the data to one shape"
+            )
+        if isinstance(column, list):
+            column[number] = leaf if array is None else np.array(array) if isinstance(array, np.ndarray) else array
+        elif self._held or not isinstance(array, jax.Array):
+            array = np.asarray(array)
+            dtype = np.result_type(column.dtype, array.dtype)
+            if dtype != column.dtype:
+                self._columns[position] = column = column.astype(dtype)
+                self._usual[position] = (array.shape, dtype)
+            column[number] = array
+        else:
+            self._columns[position], self._usual[position] = [*column[:number], *[array] * (self._room - number)], None
+
+    def _finished(self, position: int) -> Any:
+        column, count = self._columns[position], len(self._names)
+        if self._shapes[position] is None:
+            return None
+        for number in range(count, self._room):
+            column[number] = column[count - 1]
+        try:
+            if isinstance(column, list):
+                arrays = [leaf for leaf in column if isinstance(leaf, jax.Array)]
+                keys = arrays and jnp.issubdtype(arrays[0].dtype, jax.dtypes.extended)
+                if keys or (arrays and not self._held):
+                    return jnp.stack([_one_held(row, leaf) for row, leaf in enumerate(column)])
+                column = stack_numbers(column)
+            return as_held(column) if self._held else column
+        except UnfitError as error:
+            name = self._names[min(error.row, count - 1)]
+            raise ValueError(f"leaf {_paths(self._first)[position]} of datum {name} {error}") from None
+
+    def _array(self, position: int, name: int, leaf: Any) -> Any:
+        try:
+            return array_of(leaf)
+        except (TypeError, ValueError) as error:
+            path = _paths(self._first)[position]
+            raise type(error)(f"leaf {path} of datum {name} {error}") from error.__cause__
+
+
+def held(stacked: PyTree) -> PyTree:
+    """Stacked data given by hand, as arrays of the dtypes that devices hold, in memory of their own.
+
+    Raises:
+        ValueError: a number that its dtype cannot hold, by the leaf's path and the row.
+        TypeError: a leaf that is no array, by its path.
+    """
+
+    def one(path: str, leaf: Any) -> Any:
+        try:
+            array = array_of(leaf)
+            return as_held(np.array(array)) if array is not None and not isinstance(array, jax.Array) else array
+        except UnfitError as error:
+            raise ValueError(f"leaf {path} of datum {error.row} {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"leaf {path} {error}") from error.__cause__
+
+    leaves, structure = _flatten(stacked)
+    return jax.tree_util.tree_unflatten(structure, [one(*pair) for pair in zip(_paths(stacked), leaves, strict=True)])
 
 
 def tree_unstack(tree: PyTree) -> list[PyTree]:
@@ -152,8 +283,9 @@ def describe(tree: PyTree) -> str:
     lines = []
     for path, leaf in zip(_paths(tree), _flatten(tree)[0], strict=True):
         if isinstance(leaf, jax.ShapeDtypeStruct) or is_array(leaf):
-            dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-            lines.append(f"  {path}: {dtype}{list(np.shape(leaf))}")
+            array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else array_of(leaf)
+            dtype = array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
+            lines.append(f"  {path}: {dtype}{list(np.shape(array))}")
         else:
             lines.append(f"  {path}: {type(leaf).__name__} (no array)")
     return "\n".join(lines) or "  (empty)"
@@ -203,43 +335,28 @@ def _clashes(names: Sequence[str]) -> list[int]:
     return [place for place, name in enumerate(names) if name in bad or any(name.startswith(f"{b}/") for b in bad)]
 
 
+_TEXT = (str, bytes, type(None))
+_is_none = functools.partial(operator.is_, None)  # asked of each node of each datum: no Python is faster
+
+
 def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
     # None counts as a leaf: a batch whose strings became None has the structure of its data.
-    return jax.tree_util.tree_flatten(tree, is_leaf=lambda x: x is None)
+    return jax.tree_util.tree_flatten(tree, is_leaf=_is_none)
 
 
 def _paths(tree: PyTree) -> list[str]:
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)[0]
     return [jax.tree_util.keystr(path) or "(the whole)" for path, _ in flat]
 
 
-def _stack(leaves: list[Any]) -> Any:
-    return jnp.stack(leaves) if any(isinstance(leaf, jax.Array) for leaf in leaves) else np.stack(leaves)
-
-
-def _check_column(column: Sequence[Any], names: Sequence[int], tree: PyTree, position: int) -> None:
-    if _alike(column):
-        return
-    shape = _shape(column[0])
-    for name, leaf in zip(names, column, strict=True):
-        if _shape(leaf) != shape:
-            raise ValueError(
-                f"leaf {_paths(tree)[position]} differs within a batch: datum {names[0]} has {_kind(column[0])}, "
-                f"datum {name} has {_kind(leaf)}; pad the data to one shape"
-            )
-
-
-def _alike(column: Sequence[Any]) -> bool:
-    """Whether all are numpy arrays of one shape and dtype, asked cheaply: this runs for every leaf of every datum."""
-    first = column[0]
-    if type(first) is not np.ndarray or not is_array(first):
-        return False
-    shape, dtype = first.shape, first.dtype
-    return all(type(leaf) is np.ndarray and leaf.shape == shape and leaf.dtype == dtype for leaf in column)
-
-
-def _shape(leaf: Any) -> tuple[int, ...] | None:
-    return np.shape(leaf) if is_array(leaf) else None
+def _one_held(row: int, leaf: Any) -> Any:
+    """A leaf as devices hold it, beside arrays of JAX."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    try:
+        return as_held(stack_numbers([leaf]))[0]
+    except UnfitError as error:
+        raise UnfitError(row, str(error)) from None
 
 
 def _kind(leaf: Any) -> str:

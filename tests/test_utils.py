@@ -1,7 +1,6 @@
 """Data of one structure become one batch and come apart again; those that differ say where."""
 
 import dataclasses
-import datetime
 import re
 
 import jax
@@ -72,10 +71,10 @@ def test_python_and_numpy_numbers_are_stacked(values, kind):
 
 @pytest.mark.parametrize(
     "leaf",
-    ["text", b"bytes", None, object(), np.str_("text"), np.array(["a", "b"]), np.array([None]), datetime.date.today()],
+    ["text", b"bytes", None, bytearray(b"bytes"), np.str_("text"), np.bytes_(b"bytes"), np.array(["a", "b"])],
     ids=lambda leaf: type(leaf).__name__,
 )
-def test_a_leaf_that_is_no_array_becomes_none(leaf):
+def test_text_and_none_become_none(leaf):
     stacked = tree_stack([{"leaf": leaf, "x": 1.0}, {"leaf": leaf, "x": 2.0}])
     assert stacked["leaf"] is None
     assert stacked["x"].tolist() == [1.0, 2.0]

@@ -12,7 +12,8 @@ from learnax.checks.names import check_split_names
 from learnax.checks.texts import short, structure_of, what_is
 from learnax.data import FirstDatum, first_datum
 from learnax.data.batch import as_list
-from learnax.utils import is_array, same_structure
+from learnax.leaves import is_array
+from learnax.utils import same_structure
 
 
 def splits_of(

@@ -25,8 +25,9 @@ from learnax.checks.texts import (
     value_lines,
     what_is,
 )
+from learnax.leaves import is_array
 from learnax.loss import Losses, LossPipe
-from learnax.utils import PyTree, is_array
+from learnax.utils import PyTree
 
 _KEYS = ("key", "rng", "rng_key", "rngs")
 """What a loss calls a first parameter that is a random key; output and datum come behind it."""

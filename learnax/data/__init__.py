@@ -4,6 +4,7 @@ from learnax.data.batch import (
     Block as Block,
     arranged as arranged,
     as_list as as_list,
+    copied as copied,
     signature_of as signature_of,
     stack_on_host as stack_on_host,
 )
@@ -13,3 +14,4 @@ from learnax.data.loader import (
     FirstDatum as FirstDatum,
     first_datum as first_datum,
 )
+from learnax.data.randomness import tell_of_generators as tell_of_generators

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from learnax.utils import PyTree, describe, same_structure, tree_stack
+from learnax.utils import PyTree, Rows, describe, held, same_structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Block:
     """Batches on their way into a dispatch, or several.
 
     Attributes:
-        host: stacked data as a list of arguments, numpy leaves of shape `(n, batch_size, ...)`.
+        host: stacked data as a list of arguments, numpy leaves of shape `(n, batch_size, ...)`. A device may read this
+            very memory: see `copied`.
         device: the same on the devices.
         size: data in it that are real; behind them the last one is repeated. More than the n batches
             hold: they are used again from the first.
@@ -39,7 +40,7 @@ class Block:
         return -(-self.size // self.batch_size)
 
     def batch(self, number: int) -> list[Any]:
-        """One batch on the host, leaves `(batch_size, ...)`."""
+        """One batch on the host, leaves `(batch_size, ...)`: views of `host`."""
         return jax.tree.map(lambda leaf: leaf[number % len(leaf)], self.host)
 
 
@@ -48,9 +49,27 @@ def as_list(datum: Any) -> list[Any]:
     return datum if isinstance(datum, list) else [datum]
 
 
-def stack_on_host(data: Sequence[Any], indices: Sequence[int]) -> list[Any]:
-    """Data of one structure stacked into numpy arrays of the dtypes that devices will hold."""
-    return tree_stack([as_list(datum) for datum in data], indices=indices, stack=_stack_leaves)
+def copied(tree: PyTree) -> PyTree:
+    """Numpy arrays in memory of their own.
+
+    A CPU device goes on using numpy's memory where it can. So what user code is given goes through this, for it may
+    change what it has; and what user code gave, too, for it may change it later.
+    """
+    return jax.tree.map(lambda leaf: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
+
+
+def stack_on_host(data: Iterable[Any], indices: Sequence[int], room: int | None = None) -> list[Any]:
+    """Data of one structure stacked into numpy arrays of the dtypes that devices will hold.
+
+    Args:
+        data: each is copied before the next one is asked for.
+        indices: what to call each in an error.
+        room: rows; those behind the data repeat the last one. As many as there are data by default.
+    """
+    rows = Rows(len(indices) if room is None else room, held=True)
+    for index, datum in zip(indices, data, strict=True):
+        rows.add(index, datum if isinstance(datum, list) else [datum])
+    return cast("list[Any]", rows.stacked())
 
 
 def stack_batches(batches: Sequence[list[Any]], room: int) -> list[Any]:
@@ -67,15 +86,8 @@ def signature_of(tree: PyTree) -> Hashable:
     return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def _stack_leaves(leaves: list[Any]) -> Any:
-    if jnp.issubdtype(getattr(leaves[0], "dtype", np.float32), jax.dtypes.extended):
-        return jnp.stack(leaves)  # random keys have no numpy form
-    stacked = np.stack([np.asarray(leaf) for leaf in leaves])
-    return stacked.astype(jax.dtypes.canonicalize_dtype(stacked.dtype), copy=False)
-
-
 def arranged(batch: Any, datum: list[Any], batch_size: int, shards: int) -> list[Any]:
-    """A batch given by hand, as arguments with leaves of shape `(batch_size, ...)`.
+    """A batch given by hand, as arguments with leaves of shape `(batch_size, ...)`, in memory of their own.
 
     Args:
         batch: a list of `batch_size` data, or data stacked to `(batch_size, ...)` or to
@@ -92,8 +104,8 @@ def arranged(batch: Any, datum: list[Any], batch_size: int, shards: int) -> list
     if same_structure(given, datum):
         leaves = jax.tree.leaves(given)
         for lead in ((batch_size,), (shards, batch_size // shards)):
-            if all(jnp.shape(leaf) == (*lead, *jnp.shape(want)) for leaf, want in zip(leaves, wanted, strict=True)):
-                return jax.tree.map(lambda leaf, want: leaf.reshape(batch_size, *jnp.shape(want)), given, datum)
+            if all(np.shape(leaf) == (*lead, *np.shape(want)) for leaf, want in zip(leaves, wanted, strict=True)):
+                return jax.tree.map(lambda leaf, want: leaf.reshape(batch_size, *np.shape(want)), held(given), datum)
     if isinstance(batch, (list, tuple)) and len(batch) == batch_size:
         stacked = stack_on_host(batch, range(batch_size))
         if same_structure(stacked, datum):

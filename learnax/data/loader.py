@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from learnax.data.batch import Block, signature_of, stack_batches, stack_on_host
-from learnax.data.reading import Collate, Here, Reader, read_item
+from learnax.data.batch import Block, copied, signature_of, stack_batches, stack_on_host
+from learnax.data.reading import Collate, Heed, Here, Ranges, Reader, read_item
 from learnax.utils import PyTree, describe, tree_bytes
 
 
@@ -31,6 +31,8 @@ class Loader:
         group: batches that belong together; a group that is not whole is skipped with the tail.
         room: batches in a block.
         budget: bytes that a list may take on the devices.
+        heed: raises to stop. It is called before each datum that is read here, and about every second, in another
+            thread, while a worker is waited for; what is half read then is read again.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Loader:
         group: int = 1,
         room: int = 1,
         budget: int = 0,
+        heed: Callable[[], None] | None = None,
     ):
         self.name = name
         self.dataset = dataset
@@ -56,17 +59,15 @@ class Loader:
         size = len(dataset)
         stop = size if tail else size - size % (batch_size * group)
         first, last = share or (0, batch_size)
-        starts = range(0, stop, batch_size)
-        # A share that lies behind the end of the data is all padding: the last datum, as for one that ends there.
-        self._ranges = [range(min(start + first, size - 1), min(start + last, size)) for start in starts]
-        self._real = [min(batch_size, size - start) for start in starts]
+        self._ranges = Ranges(size, stop, batch_size, (first, last))
         self._collate = Collate(name, last - first)
-        self._reader: Reader = Here(name, dataset, self._ranges, self._collate)
+        self._heed = Heed(heed)
+        self._reader: Reader = Here(name, dataset, self._ranges, self._collate, self._heed)
         self._workers = num_workers
         if num_workers:
             from learnax.data.workers import Workers
 
-            self._reader = Workers(name, dataset, self._ranges, self._collate, num_workers)
+            self._reader = Workers(name, dataset, self._ranges, self._collate, num_workers, self._heed)
         self._budget = budget if type(dataset) in (list, tuple) else 0
         self._resident: list[Block] = []
 
@@ -75,7 +76,7 @@ class Loader:
         return len(self._ranges)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return (block.batch(number) for block in self.blocks() for number in range(len(block)))
+        return _batches(self.blocks())
 
     def __str__(self) -> str:
         reader = f"{self._workers} worker processes" if self._workers else "this process"
@@ -113,7 +114,7 @@ class Loader:
     def first(self, *, repeat_datum: bool) -> list[Any]:
         """This process's share of the first batch; or one of the first datum alone, repeated."""
         indices = range(1) if repeat_datum else self._ranges[0]
-        (batch,) = Here(self.name, self.dataset, [indices], self._collate).read(0)
+        (batch,) = Here(self.name, self.dataset, [indices], self._collate, self._heed).read(0)
         return batch
 
     def close(self) -> None:
@@ -121,23 +122,24 @@ class Loader:
         self._reader.close()
 
     def _read(self, start: int) -> Iterator[Block]:
-        """Blocks of batches of one signature each; what was read before an error is given before it is raised."""
+        """Blocks of batches of one signature each; what was read before an error of the data is given first."""
         batches: list[list[Any]] = []
         size = 0
         try:
-            reading = zip(self._ranges[start:], self._real[start:], self._reader.read(start), strict=False)
-            for indices, real, batch in reading:
+            for number, batch in enumerate(self._reader.read(start), start):
                 if batches and signature_of(batch) != signature_of(batches[0]):
                     if len(batches) % self._group:
-                        raise ValueError(self._group_text(indices, batches[-1], batch))
+                        raise ValueError(self._group_text(self._ranges[number], batches[-1], batch))
                     yield self._block(batches, size)
                     batches, size = [], 0
                 batches.append(batch)
-                size += real
+                size += self._ranges.real(number)
                 if len(batches) == self.room:
                     yield self._block(batches, size)
                     batches, size = [], 0
-        except Exception:
+        except Exception as error:
+            if error is self._heed.stop:
+                raise
             whole = len(batches) - len(batches) % self._group
             if whole:
                 yield self._block(batches[:whole], min(size, whole * self.batch_size))
@@ -155,6 +157,10 @@ class Loader:
         host = stack_batches(batches, self.room)
         device = self._put(host)
         return Block(host, device, size, self.batch_size, signature_of(device))
+
+
+def _batches(blocks: Iterator[Block]) -> Iterator[list[Any]]:
+    return (copied(block.batch(number)) for block in blocks for number in range(len(block)))
 
 
 class Repeated:
@@ -179,7 +185,7 @@ class Repeated:
         return self._length
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return (block.batch(number) for block in self.blocks() for number in range(len(block)))
+        return _batches(self.blocks())
 
     def __str__(self) -> str:
         what = "datum" if self._datum else "batch"

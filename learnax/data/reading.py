@@ -3,14 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, overload
 
 from learnax.data.batch import stack_on_host
 
 
 class DatasetError(RuntimeError):
     """A dataset raised: the index and the original error are in the text."""
+
+
+class Ranges(Sequence[range]):
+    """The indices of each batch, by arithmetic: a dataset may be as long as it likes.
+
+    Args:
+        size: data.
+        stop: where the last batch ends, or would end if it were full.
+        batch_size: data per batch.
+        share: the rows of each batch that are wanted, the first and the one after the last.
+    """
+
+    def __init__(self, size: int, stop: int, batch_size: int, share: tuple[int, int]):
+        self._size = size
+        self._starts = range(0, stop, batch_size)
+        self._share = share
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, number: int) -> range: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[range]: ...
+
+    def __getitem__(self, number: int | slice) -> range | list[range]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        start, (first, last) = self._starts[number], self._share
+        # A share that lies behind the end of the data is all padding: the last datum, as for one that ends there.
+        return range(min(start + first, self._size - 1), min(start + last, self._size))
+
+    def real(self, number: int) -> int:
+        """Data in a whole batch, those that others read included."""
+        return min(self._starts.step, self._size - self._starts[number])
+
+
+class Heed:
+    """Asks, while data are waited for, whether to go on.
+
+    Args:
+        ask: raises to stop; it may be called in another thread, too.
+
+    Attributes:
+        stop: what it raised. That is no error of the data.
+    """
+
+    def __init__(self, ask: Callable[[], None] | None = None):
+        self._ask = ask
+        self.stop: BaseException | None = None
+
+    def __call__(self) -> None:
+        """Returns where nothing asks for a stop."""
+        if self._ask is None:
+            return
+        try:
+            self._ask()
+        except BaseException as stop:
+            self.stop = stop
+            raise
 
 
 class Reader(Protocol):
@@ -21,7 +82,8 @@ class Reader(Protocol):
 
         Raises:
             DatasetError: the dataset raised.
-            ValueError: the data of a batch do not go together.
+            ValueError: the data of a batch do not go together, or do not fit the dtype that devices hold.
+            TypeError: a datum has what is no array.
         """
         ...
 
@@ -40,21 +102,33 @@ class Here:
         dataset: what to read.
         ranges: the indices of each batch.
         collate: stacks a batch.
+        heed: is asked before each datum.
     """
 
-    def __init__(self, name: str, dataset: Any, ranges: Sequence[range], collate: Collate):
+    def __init__(self, name: str, dataset: Any, ranges: Sequence[range], collate: Collate, heed: Heed):
         self._name = name
         self._dataset = dataset
         self._ranges = ranges
         self._collate = collate
+        self._heed = heed
 
     def read(self, start: int) -> Iterator[list[Any]]:
         """Reads each batch when it is asked for."""
-        for indices in self._ranges[start:]:
-            yield self._collate(indices, [read_item(self._name, self._dataset, index) for index in indices])
+        for number in range(start, len(self._ranges)):
+            yield self._collate(self._ranges[number], self._items(self._ranges[number]))
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+    def _items(self, indices: range) -> Iterator[Any]:
+        dataset, heed = self._dataset, self._heed
+        for index in indices:
+            heed()
+            try:
+                datum = dataset[index]
+            except Exception as error:
+                raise DatasetError(error_text(self._name, index, error)) from error
+            yield datum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +143,21 @@ class Collate:
     name: str
     batch_size: int
 
-    def __call__(self, indices: range, data: list[Any]) -> list[Any]:
-        """The batch, leaves `(batch_size, ...)`; a ValueError where data do not go together."""
-        padding = self.batch_size - len(data)
+    def __call__(self, indices: range, data: Iterable[Any]) -> list[Any]:
+        """The batch, leaves `(batch_size, ...)`; each datum is copied before the next one is asked for.
+
+        Raises:
+            ValueError, TypeError: data do not go together, or cannot be stacked.
+        """
         try:
-            return stack_on_host([*data, *[data[-1]] * padding], [*indices, *[indices[-1]] * padding])
-        except ValueError as error:
-            raise ValueError(f"dataset {self.name!r}: {error}") from error
+            return stack_on_host(data, indices, self.batch_size)
+        except (TypeError, ValueError) as error:
+            raise self.error(error) from error
+
+    def error(self, error: TypeError | ValueError) -> TypeError | ValueError:
+        """What went wrong with the data of a batch, with the name of the split."""
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        return kind(f"dataset {self.name!r}: {error}")
 
 
 def read_item(name: str, dataset: Any, index: int) -> Any:

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import multiprocessing
-import multiprocessing.spawn
 import os
 import signal
 import threading
@@ -25,15 +24,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from learnax.data.reading import Collate, DatasetError, error_text
+from learnax.data.batch import as_list
+from learnax.data.ending import Hold, Lifeline, room_text
+from learnax.data.reading import Collate, DatasetError, Heed, error_text
 from learnax.data.sending import Classes, in_main, in_worker, to_main, to_worker
+from learnax.data.spawning import PROCESS_NAME, grain_library, keep_main_from_workers
+from learnax.leaves import NUMBERS
+from learnax.utils import Rows
 
 AHEAD = 4
 """Batches that each worker keeps ready."""
 PATIENCE_S = 600.0
 """How long a worker may take for one batch; after that it counts as hanging."""
-_PROCESS_NAME = "grain-process-prefetch-"
-_PLAIN = {np.ndarray, bool, int, float, complex, str, bytes, *np.sctypeDict.values()}
+_BUS_ERROR = f"exit code -{signal.SIGBUS.value}."
+_PLAIN = {np.ndarray, np.memmap, str, bytes, *NUMBERS}
 """Leaves that a worker stacks. Another one may be a container that only the main process has registered."""
 
 
@@ -50,18 +54,22 @@ class Workers:
         ranges: the indices of each batch.
         collate: stacks a batch.
         num_workers: processes.
+        heed: is asked about every second while one of them is waited for.
     """
 
-    def __init__(self, name: str, dataset: Any, ranges: Sequence[range], collate: Collate, num_workers: int):
+    def __init__(
+        self, name: str, dataset: Any, ranges: Sequence[range], collate: Collate, num_workers: int, heed: Heed
+    ):
         self._name = name
         self._ranges = ranges
         self._collate = collate
         self._num_workers = min(num_workers, len(ranges))
         _check_sendable(name, dataset)
-        self._source = _Source(name, dataset, list(ranges), collate)
-        self._streams: list[Any] = []  # grain's iterator, while there are processes
+        self._source = _Source(name, dataset, ranges, collate)
+        self._streams: list[tuple[Any, Lifeline]] = []  # grain's iterator, while there are processes
         self._next = self._opened = 0
-        self._watchdog = _Watchdog()
+        self._heed = heed
+        self._watchdog = _Watchdog(heed)
         # Where nobody closes this reader, its processes end with it, or with the program.
         weakref.finalize(self, _close, self._streams, self._watchdog)
 
@@ -80,22 +88,25 @@ class Workers:
 
     def _open(self, start: int) -> None:
         self.close()
-        _keep_main_from_workers()
-        grain = _grain()
+        keep_main_from_workers()
+        grain = grain_library()
         # One thread in each worker: datasets need not be safe for several, and AHEAD bounds what is kept ready.
         one_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         endless = grain.MapDataset.source(self._source).repeat()[start:].to_iter_dataset(one_thread)
         options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=AHEAD)
-        self._streams.append(iter(endless.mp_prefetch(options, worker_init_fn=_begin_worker)))
+        lifeline = Lifeline(self._num_workers)
+        begin = functools.partial(_begin_worker, lifeline.hold)
+        self._streams.append((iter(endless.mp_prefetch(options, worker_init_fn=begin)), lifeline))
         self._next = self._opened = start
         self._watchdog.start()
 
     def _take(self, number: int) -> np.ndarray:
         try:
             with self._watchdog.watching():
-                return next(self._streams[0])
+                return next(self._streams[0][0])
         except Exception as error:
             self.close()
+            self._heed()  # a signal, or the watchdog for it, may have ended the worker
             indices = self._ranges[number]
             worker = (number - self._opened) % self._num_workers
             who, what = f"dataset {self._name!r}: worker process {worker}", f"the data {indices[0]} to {indices[-1]}"
@@ -105,8 +116,8 @@ class Workers:
                     "they take; num_workers=0 reads in this process, and waits"
                 ) from error
             raise WorkerError(
-                f"{who} died before it gave {what} ({error}); it may have run out of memory or been killed, and "
-                "num_workers=0 reads in this process"
+                f"{who} died before it gave {what} ({error}){room_text() if _BUS_ERROR in str(error) else ''}; it may "
+                "have run out of memory or been killed, and num_workers=0 reads in this process"
             ) from error
 
     def _unpack(self, indices: range, blob: np.ndarray) -> list[Any]:
@@ -114,7 +125,7 @@ class Workers:
         if isinstance(content, _Stacked):
             return content.batch
         if not isinstance(content, _Failure):
-            return self._collate(indices, content)
+            return self._collate(indices, (in_main(datum, self._source.classes) for datum in content))
         self.close()
         failure, cause = content.kind(content.text), content.cause(self._source.classes)
         (cause or failure).add_note(f"in a worker process:\n{content.traceback}")
@@ -122,10 +133,15 @@ class Workers:
 
 
 class _Watchdog:
-    """Ends the worker processes where one of them is waited for too long: what waits then gets an error."""
+    """Ends the worker processes where one of them is waited for too long: what waits then gets an error.
 
-    def __init__(self) -> None:
+    Args:
+        heed: ends them, too, where it raises while one is waited for.
+    """
+
+    def __init__(self, heed: Heed) -> None:
         self.bit = False
+        self._heed = heed
         self._since: float | None = None
         self._end = threading.Event()
 
@@ -148,25 +164,39 @@ class _Watchdog:
             self._since = None
 
     def _watch(self, end: threading.Event) -> None:
-        while not end.wait(min(1.0, PATIENCE_S / 4)):
+        while not end.wait(min(0.5, PATIENCE_S / 4)):
             since = self._since
-            if since is not None and time.monotonic() - since > PATIENCE_S:
-                self.bit = True
+            if since is None:
+                continue
+            self.bit = time.monotonic() - since > PATIENCE_S
+            if self.bit or self._asks_to_stop():
                 for process in multiprocessing.active_children():
-                    if process.name.startswith(_PROCESS_NAME):
+                    if process.name.startswith(PROCESS_NAME):
                         process.kill()
                 return
 
+    def _asks_to_stop(self) -> bool:
+        try:
+            self._heed()
+        except BaseException:  # raised again where the worker is waited for
+            return True
+        return False
 
-def _close(streams: list[Any], watchdog: _Watchdog) -> None:
+
+def _close(streams: list[tuple[Any, Lifeline]], watchdog: _Watchdog) -> None:
     watchdog.end()
-    # A worker that has not had its first turn ends with the last reference to the stream.
     while streams:
-        streams.pop().close()
+        stream, lifeline = streams.pop()
+        lifeline.cut()
+        stream.close()
+        # A worker that has not had its first turn ends with the last reference to the stream.
+        del stream
+        lifeline.clear()
 
 
-def _begin_worker(index: int, count: int) -> None:
+def _begin_worker(hold: Hold, index: int, count: int) -> None:
     """In a worker, before it gets the dataset."""
+    hold()
     # Data that are JAX arrays must not take a share of the accelerator's memory.
     jax.config.update("jax_platforms", "cpu")
     # Ctrl-C reaches every process of a terminal; this one ends when the main process has done with it.
@@ -183,7 +213,7 @@ class _Source:
         classes: those that this process shares with the other side.
     """
 
-    def __init__(self, name: str, dataset: Any, ranges: list[range], collate: Collate):
+    def __init__(self, name: str, dataset: Any, ranges: Sequence[range], collate: Collate):
         self._name = name
         self._dataset = dataset
         self._ranges = ranges
@@ -201,18 +231,12 @@ class _Source:
         return len(self._ranges)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        content = self._read(self._ranges[number])
-        try:
-            sent = to_main(content, self.classes)
-        except Exception as error:
-            what = f"the data at indices {self._ranges[number]} cannot be sent from a worker process"
-            sent = to_main(self._failure(error, WorkerError, self._text(what, error)), self.classes)
-        return np.frombuffer(sent, np.uint8)
+        return np.frombuffer(to_main(self._read(self._ranges[number]), self.classes), np.uint8)
 
     def __repr__(self) -> str:
         return f"_Source({len(self)} batches)"
 
-    def _read(self, indices: range) -> list[Any] | _Stacked | _Failure:
+    def _read(self, indices: range) -> _Stacked | _Failure | list[bytes]:
         # An exit in the user's code must not end the worker in silence, hence BaseException.
         try:
             if self._sent:
@@ -221,19 +245,40 @@ class _Source:
         except BaseException as error:
             what = "it cannot be made again in a worker process"
             return self._failure(error, WorkerError, self._text(what, error))
-        data, index = [], -1
+        rows = Rows(self._collate.batch_size, held=True)
+        sent: list[bytes] = []
+        for index in indices:
+            try:
+                datum = as_list(self._dataset[index])
+            except BaseException as error:
+                return self._failure(error, DatasetError, error_text(self._name, index, error))
+            # Stacked or pickled before the next one is read, which may be in the same memory.
+            try:
+                if not sent and all(type(leaf) in _PLAIN for leaf in jax.tree.leaves(datum)):
+                    rows.add(index, datum)
+                    continue
+            except (TypeError, ValueError) as error:
+                return self._unfit(error)
+            try:
+                if not sent:
+                    sent = [to_main(rows.tree(number), self.classes) for number in range(len(rows))]
+                sent.append(to_main(datum, self.classes))
+            except Exception as error:
+                what = f"the data at indices {indices} cannot be sent from a worker process"
+                return self._failure(error, WorkerError, self._text(what, error))
+        if sent:
+            return sent
         try:
-            for index in indices:
-                data.append(self._dataset[index])
-        except BaseException as error:
-            return self._failure(error, DatasetError, error_text(self._name, index, error))
-        if all(type(leaf) in _PLAIN for leaf in jax.tree.leaves(data)):
-            with contextlib.suppress(ValueError):  # raised again where the data are stacked next
-                return _Stacked(self._collate(indices, data))
-        return data
+            return _Stacked(rows.stacked())
+        except (TypeError, ValueError) as error:
+            return self._unfit(error)
 
     def _text(self, what: str, error: BaseException) -> str:
         return f"dataset {self._name!r}: {what}: {type(error).__name__}: {error}; num_workers=0 reads in this process"
+
+    def _unfit(self, error: TypeError | ValueError) -> _Failure:
+        told = self._collate.error(error)
+        return self._failure(error, type(told), str(told))
 
     def _failure(self, error: BaseException, kind: type[Exception], text: str) -> _Failure:
         pickled = b""
@@ -293,34 +338,3 @@ def _culprit(dataset: Any) -> str:
         except Exception:
             return f"its attribute {attribute!r} of type {type(value).__name__}: "
     return ""
-
-
-def _grain() -> Any:
-    from absl import flags
-
-    # grain reads absl flags, which only programs started through absl.app have parsed.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    import grain
-
-    return grain
-
-
-@functools.cache
-def _keep_main_from_workers() -> None:
-    """From now on, workers are told of no main module, so that they do not run the script again.
-
-    The standard library has no setting for this: it sends the script's path to every spawned
-    process. Only grain's processes are concerned, by their name; it starts them in threads of its
-    own, at a time of its own, so that this is not taken back.
-    """
-    original = multiprocessing.spawn.get_preparation_data
-
-    def without_main(name: str) -> dict[str, Any]:
-        data = original(name)
-        if name.startswith(_PROCESS_NAME):
-            for key in ("init_main_from_path", "init_main_from_name"):
-                data.pop(key, None)
-        return data
-
-    multiprocessing.spawn.get_preparation_data = without_main
