@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import re
 from pathlib import Path
 
 import jax
@@ -171,7 +172,11 @@ def test_only_the_first_process_is_heard(several):
         "evaluate" in first.results[name]["kinds"] for name in peers.RUNS
     )
     for peer in several:
-        assert all(line.startswith("[Gloo]") for line in peer.out.split("\n") if line)
+        # Threads of one process write these lines side by side.
+        assert (
+            re.sub(r"\[Gloo\]|Rank|is connected to|Expected number of connected|peer|ranks|is|[\d.:\s]", "", peer.out)
+            == ""
+        )
 
 
 # ---- misuse

@@ -87,6 +87,7 @@ def check_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: an argument of the wrong type.
         ValueError: a number out of its range.
     """
+    check_profile(given["profile"])
     check_compiling()
     values: dict[str, Any] = {}
     for name in (*_COUNTS, *_CADENCES, *_LIMITS):

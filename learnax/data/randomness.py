@@ -29,8 +29,8 @@ def tell_of_generators(name: str, dataset: Any) -> None:
     _told.add((name, type(dataset).__qualname__, attribute))
     _logger.warning(
         "dataset %r has a random generator, its attribute %r: where __getitem__ draws from it, a resumed run sees "
-        "other data than one that was not stopped, and the data depend on num_workers, for each worker process has a copy of "
-        "its own. Make what is random a function of the index: np.random.default_rng((seed, index))",
+        "other data than one that was not stopped, and the data depend on num_workers, for each worker process has a "
+        "copy of its own. Make what is random a function of the index: np.random.default_rng((seed, index))",
         name,
         attribute,
     )
