@@ -18,6 +18,8 @@ from bench.stats import Ratio, bootstrap_ratio
 from bench.workloads import SIZES, makers, mlp
 from tests.helpers import ROOT, dry, run_script
 
+pytestmark = pytest.mark.processes
+
 STEP = "step"
 UNCLIPPED = 1e9
 

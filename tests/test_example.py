@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.processes
+
 
 def run_digits(out, *args):
     env = {**os.environ, "XLA_FLAGS": "", "WANDB_MODE": "offline"}

@@ -7,6 +7,8 @@ from nbclient import NotebookClient
 from learnax.trainer import in_notebook
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.processes
+
 CELLS = [
     """
 import flax.linen as nn

@@ -19,6 +19,8 @@ from learnax.checkpoint.record import Record, read
 from learnax.state import TrainState
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.processes
+
 SCRIPT = """
 import contextlib, errno, logging, os, sys
 import numpy as np

@@ -13,6 +13,8 @@ from learnax.registry import Registry
 from tests import peers
 from tests.helpers import MLP, assert_trees_close, assert_trees_equal, host, make_data, make_trainer
 
+pytestmark = pytest.mark.processes
+
 WIDTH = 2 * SMALL // 8
 """Of a layer that is worth dividing."""
 

@@ -13,6 +13,8 @@ import learnax.processes
 from tests import peers
 from tests.helpers import assert_trees_close, assert_trees_equal, make_trainer
 
+pytestmark = pytest.mark.processes
+
 BATCH, SIZE, EPOCHS = 8, 43, 2
 """Data of a batch and of the training set, and epochs, where a run says nothing else."""
 

@@ -22,6 +22,8 @@ from learnax.profiling import cudart, nsight, spy
 from learnax.profiling.spy import Frame, Stack
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.processes
+
 SPIN = """
 import sys, time
 

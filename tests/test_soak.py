@@ -6,7 +6,7 @@ import pytest
 
 from tests.soak import FORMS, soak
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("name", ["fused", "two workers"])

@@ -18,6 +18,8 @@ from learnax.stops import Stops, TimeUpError
 from tests.helpers import ROOT, MemoryRun, make_data, make_trainer, run_script
 from tests.test_resume import assert_same_run, make, on_disk, trained
 
+pytestmark = pytest.mark.processes
+
 OPTIONS = {"epochs": 30, "seconds": 1e-3, "save_every": 100_000}
 """A run of 360 steps, whose only saves are those of its stops."""
 

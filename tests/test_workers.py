@@ -20,7 +20,7 @@ from learnax.data import Loader
 from learnax.data.reading import DatasetError
 from learnax.data.workers import WorkerError
 
-pytestmark = pytest.mark.timeout(100)  # a worker that died must not be waited for
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(100)]  # a worker that died must not be waited for
 
 
 @jax.tree_util.register_pytree_node_class
