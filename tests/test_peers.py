@@ -1,6 +1,7 @@
 """Runs over processes that are stopped, killed and resumed: saved by all, ended by all, gone on with by any layout."""
 
 import json
+import os
 import signal
 import time
 
@@ -132,6 +133,20 @@ def test_one_process_starts_the_run_and_all_save_in_its_folder(tmp_path):
     for peer in (first, second):
         assert "each device, which has" in peer.results["preflight"]
         assert "a save" not in peer.results["preflight"]  # a temporary folder is not shared
+
+
+def test_where_the_folder_is_anothers_all_are_refused(tmp_path):
+    from learnax.checkpoint import Checkpointer
+    from learnax.state import TrainState
+
+    here = Checkpointer.at(tmp_path / "registry" / "tests" / "trainer" / "checkpoints")
+    here.save_latest(TrainState({"w": np.zeros(3)}, {}, 1))
+    here.wait()
+    try:
+        for peer in run(tmp_path, "refused", 2, 1, codes=(1,)):
+            assert f"OwnedError: checkpoints in {here.path} belong to process {os.getpid()} on host" in peer.err
+    finally:
+        here.close()
 
 
 def test_a_process_alone_reads_what_several_have_saved(tmp_path):

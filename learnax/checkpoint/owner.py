@@ -65,12 +65,6 @@ class Claim:
             record = read(self._file)
             self._seen = record.token if isinstance(record, Record) else None
 
-    @property
-    def held(self) -> bool:
-        """Whether this one may write."""
-        hold = _holds.get(self._lock)
-        return hold is not None and self in hold.users
-
     def check_free(self) -> None:
         """Looks whether another process owns the folder, and takes nothing.
 
