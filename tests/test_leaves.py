@@ -1,4 +1,4 @@
-"""What a leaf is: arrays of any library are arrays, text stays behind, and all else, or a number that is lost, is told."""
+"""What a leaf is: arrays of any library are arrays, text stays behind, and what would be lost is told."""
 
 import array
 import datetime
@@ -122,8 +122,8 @@ def test_what_is_no_array_is_an_error_with_path_index_and_type(leaf, text):
 def test_a_mask_is_not_lost():
     masked = np.ma.array([1.0, 2.0], mask=[False, True])
     text = (
-        "leaf (the whole) of datum 1 is a masked array with masked elements; fill them, or give the mask as an array of "
-        "its own"
+        "leaf (the whole) of datum 1 is a masked array with masked elements; fill them, or give the mask as an array "
+        "of its own"
     )
     with pytest.raises(ValueError, match=exactly(text)):
         tree_stack([np.ones(2), masked])
@@ -160,8 +160,8 @@ def test_the_place_in_an_array_is_told():
     values = np.zeros((2, 3), np.int64)
     values[1, 2] = 2**40
     text = (
-        "leaf (the whole) of datum 1 has 1099511627776 at [1, 2], which does not fit into int32; enable jax_enable_x64, "
-        "or give smaller numbers, or two parts of it"
+        "leaf (the whole) of datum 1 has 1099511627776 at [1, 2], which does not fit into int32; enable "
+        "jax_enable_x64, or give smaller numbers, or two parts of it"
     )
     with pytest.raises(ValueError, match=exactly(text)):
         tree_stack([jnp.zeros((2, 3), jnp.int32), values])  # one of JAX makes all of JAX

@@ -4,7 +4,6 @@ import logging
 import random
 import re
 import signal
-import time
 import types
 
 import jax
@@ -196,9 +195,17 @@ def test_nothing_grows_with_the_length_of_a_dataset(num_workers):
 
 
 def test_a_trainer_takes_a_long_dataset():
-    trainer = make_trainer(train_dataset=Endless(10**12), max_seconds=0.2, num_epochs=1, val_datasets=[Endless(10**9)])
-    trainer.train()
-    assert trainer.log.step == trainer.position.batch > 0
+    class Interrupted(Endless):
+        def __getitem__(self, index):
+            if index == 20:
+                signal.raise_signal(signal.SIGINT)
+            return super().__getitem__(index)
+
+    options = {"val_datasets": [Endless(10**9)], "num_epochs": 1, "steps_per_execution": 1}
+    trainer = make_trainer(train_dataset=Interrupted(10**12), **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.log.step == trainer.position.batch == 2
 
 
 # ---- stops while data are read
@@ -208,11 +215,11 @@ def numbers(n):
     return [[np.full(8, i, np.float32), np.zeros(3, np.float32)] for i in range(n)]
 
 
-class Told(Exception):
+class ToldError(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", [TimeUpError, KeyboardInterrupt, SystemExit, Told])
+@pytest.mark.parametrize("kind", [TimeUpError, KeyboardInterrupt, SystemExit, ToldError])
 def test_a_stop_is_heeded_before_the_next_datum_and_what_is_half_read_is_dropped(kind):
     dataset = Streamed(numbers(16))
 
@@ -235,10 +242,10 @@ def test_a_stop_is_heeded_in_the_first_pass_of_a_list_and_in_a_first_batch():
     def heed():
         asked.append(1)
         if len(asked) == 3:
-            raise Told
+            raise ToldError
 
     loader = make_loader(numbers(8), heed=heed, budget=1 << 20)
-    with pytest.raises(Told):
+    with pytest.raises(ToldError):
         list(loader.blocks())
     assert not loader._resident
     assert len(list(loader.blocks())) == 2
@@ -246,7 +253,7 @@ def test_a_stop_is_heeded_in_the_first_pass_of_a_list_and_in_a_first_batch():
     list(loader.blocks())  # it stays on the devices: nothing is read
     assert len(asked) == 11
     asked.clear()
-    with pytest.raises(Told):
+    with pytest.raises(ToldError):
         loader.first(repeat_datum=False)
 
 
@@ -331,11 +338,12 @@ def test_a_generator_is_found_where_it_is(dataset, attribute):
 
 
 def test_the_search_for_generators_has_an_end():
-    many = Wrapping(deep=[[[i] for i in range(2000)] for _ in range(2000)])
+    wide = [[] for _ in range(10_000)]
+    many = Wrapping(wide=wide, last=[np.random.default_rng(0)])
     many.itself = many
-    began = time.process_time()
+    assert find_generator(many) == "last[0]"
+    many.last = [*wide, np.random.default_rng(0)]  # behind thousands that are not looked at
     assert find_generator(many) is None
-    assert time.process_time() - began < 5
 
 
 def test_a_dataset_with_a_generator_is_told_of_once(caplog, monkeypatch):
@@ -347,8 +355,8 @@ def test_a_dataset_with_a_generator_is_told_of_once(caplog, monkeypatch):
         make_trainer(train_dataset=dataset, single_batch=True)
     assert caplog.messages == [
         "dataset 'train' has a random generator, its attribute 'transform.rng': where __getitem__ draws from it, a "
-        "resumed run sees other data than one that was not stopped, and the data depend on num_workers, for each worker "
-        "process has a copy of its own. Make what is random a function of the index: "
+        "resumed run sees other data than one that was not stopped, and the data depend on num_workers, for each "
+        "worker process has a copy of its own. Make what is random a function of the index: "
         "np.random.default_rng((seed, index))"
     ]
     tell_of_generators("val", make_data(3))
@@ -360,8 +368,8 @@ def test_a_number_that_does_not_fit_names_the_dataset():
     data[9].append(2**40)
     data = [[*datum[:2], datum[2] if len(datum) > 2 else 1] for datum in data]
     text = (
-        "dataset 'train': leaf [2] of datum 9 has 1099511627776, which does not fit into int32; enable jax_enable_x64, or "
-        "give smaller numbers, or two parts of it"
+        "dataset 'train': leaf [2] of datum 9 has 1099511627776, which does not fit into int32; enable jax_enable_x64, "
+        "or give smaller numbers, or two parts of it"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         make_trainer(model=Three(), train_dataset=data).train()
