@@ -1,4 +1,4 @@
-"""What a leaf is: arrays of any library are arrays, text stays behind; all else, and a number that is lost, is told."""
+"""What a leaf is: arrays of any library are arrays, text stays behind, and what would be lost is told."""
 
 import array
 import datetime

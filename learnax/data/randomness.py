@@ -16,7 +16,7 @@ _logger = logging.getLogger("learnax")
 _told: set[tuple[str, str, str]] = set()
 _DEPTH = 4
 """How deep generators are looked for: a dataset, what it wraps, its transforms, and a list of those."""
-_MANY = 1000
+_OBJECTS, _EACH = 5000, 100
 """Objects that are looked at at most, and attributes or elements of each."""
 _NO_INSIDE = ("builtins", "numpy", "types", "functools")
 
@@ -40,9 +40,9 @@ def find_generator(value: Any) -> str | None:
     """Where an object has a random generator, as one would write it: `transform.rng`; None where none is seen."""
     seen: set[int] = set()
     waiting = deque([("", value, 0)])
-    while waiting and len(seen) < _MANY:
+    while waiting and len(seen) < _OBJECTS:
         path, value, depth = waiting.popleft()
-        for name, inside in itertools.islice(_inside(value), _MANY):
+        for name, inside in itertools.islice(_inside(value), _EACH):
             if _is_generator(inside):
                 return (path + name).removeprefix(".")
             if depth + 1 < _DEPTH and id(inside) not in seen:

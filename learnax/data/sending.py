@@ -92,7 +92,7 @@ def _mapped(array: np.ndarray) -> np.memmap | None:
 
 def _place(array: np.ndarray, whole: np.memmap) -> tuple[Any, ...]:
     """What `_map_again` makes an array of that lies in a mapped file."""
-    path = str(whole.filename)
+    path: Any = whole.filename  # text or a path, as it was given
     if not os.path.exists(path) or _is_replaced(whole.ctypes.data):
         raise ValueError(f"it is mapped from the file {path}, which was removed or replaced since")
     low, high = np.lib.array_utils.byte_bounds(array)
@@ -102,7 +102,7 @@ def _place(array: np.ndarray, whole: np.memmap) -> tuple[Any, ...]:
 
 
 def _map_again(
-    kind: type, path: str, mode: Any, begin: int, size: int, dtype: Any, shape: Any, strides: Any, first: int
+    kind: type, path: Any, mode: Any, begin: int, size: int, dtype: Any, shape: Any, strides: Any, first: int
 ) -> np.ndarray:
     memory = np.memmap(path, np.uint8, mode, begin, (size,))
     array = np.ndarray(shape, dtype, memory, first, strides)
