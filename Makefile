@@ -32,7 +32,7 @@ train-2: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# Those that start no process of their own. Compiled programs are kept from one call to the next.
+# Without the files whose tests are about processes. Compiled programs are kept from one call to the next.
 test-quick: $(INSTALLED)
 	LEARNAX_COMPILATION_CACHE=$(abspath $(VENV))/programs \
 		$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes" -q $(ARGS)

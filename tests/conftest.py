@@ -1,11 +1,9 @@
 """Four CPU devices, no accelerator, no network, no progress bars, strict dtype promotion, a compilation cache."""
 
 import atexit
-import multiprocessing.process
 import os
 import shutil
 import signal
-import sys
 import tempfile
 
 # One for all processes of the tests, so that each program is compiled once.
@@ -24,36 +22,6 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Where the tests are started in the background of a shell, SIGINT is ignored, and would be in all their processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-_started = []
-"""Processes that a test has started, by how."""
-
-
-def _note(event, args):
-    if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"):
-        _started.append(event)
-
-
-def _noted(start):
-    def wrapped(process):
-        _started.append(process.name)
-        return start(process)
-
-    return wrapped
-
-
-sys.addaudithook(_note)
-multiprocessing.process.BaseProcess.start = _noted(multiprocessing.process.BaseProcess.start)
-
-
-@pytest.fixture(autouse=True)
-def announced_processes(request):
-    """Fails a test that starts processes and does not say so: `make test-quick` leaves out those that do."""
-    _started.clear()
-    yield
-    if _started and request.node.get_closest_marker("processes") is None:
-        pytest.fail(f"starts processes ({', '.join(_started)}): mark it with pytest.mark.processes")
 
 
 @pytest.fixture(params=[1, 2, 4])
