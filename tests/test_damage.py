@@ -27,10 +27,6 @@ def make_state():
     return TrainState(params, {"m": jnp.ones(2), "key": jax.random.key(3)}, jnp.int32(1))
 
 
-# What orbax leaves behind of reads that it gave up.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "checkpoints"
