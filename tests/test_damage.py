@@ -182,7 +182,8 @@ def test_a_save_that_is_larger_than_the_machine_takes_no_memory(save):
 def make_socket(path):
     folder = os.open(path.parent, os.O_RDONLY)
     short = f"/proc/self/fd/{folder}/{path.name}"  # a socket's path may have 107 letters
-    socket.socket(socket.AF_UNIX).bind(short)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(short)
     os.close(folder)
 
 

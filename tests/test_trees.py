@@ -187,7 +187,7 @@ def trees():
 
 
 @hypothesis.settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(trees(), trees())
 def test_any_tree_comes_back_bit_for_bit(params, opt_state):
