@@ -29,13 +29,14 @@ train-2: $(INSTALLED)
 		kill -KILL $$other 2>/dev/null; exit $$status; }; \
 	wait $$other
 
+# Programs that tests have compiled are kept from one call to the next.
+test test-quick: export LEARNAX_COMPILATION_CACHE = $(abspath $(VENV))/programs
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# Without the files whose tests are about processes. Compiled programs are kept from one call to the next.
+# Without the tests that start processes.
 test-quick: $(INSTALLED)
-	LEARNAX_COMPILATION_CACHE=$(abspath $(VENV))/programs \
-		$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes" -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes" -q $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -16,7 +16,8 @@ import jax
 
 Losses = Callable[..., tuple[Any, Any, Mapping[str, Any]]]
 
-_KEY_NAMES = ("key", "rng", "rng_key", "rngs")
+KEY_NAMES = ("key", "rng", "rng_key", "rngs")
+"""What a loss calls a first parameter that is a random key; output and datum come behind it."""
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _LOSS_STREAM = 0x105
 """Folded into a datum's key: the model has drawn from the key itself."""
@@ -157,7 +158,7 @@ def _begins_with_key(function: Callable[..., Any]) -> bool:
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind in _POSITIONAL]
     room = len(names) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return bool(names) and names[0] in _KEY_NAMES and room
+    return bool(names) and names[0] in KEY_NAMES and room
 
 
 def _has_keyword(function: Callable[..., Any]) -> bool:

@@ -1,9 +1,11 @@
 """Four CPU devices, no accelerator, no network, no progress bars, strict dtype promotion, a compilation cache."""
 
 import atexit
+import multiprocessing.process
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 # One for all processes of the tests, so that each program is compiled once.
@@ -40,3 +42,34 @@ def registry_path(tmp_path, monkeypatch):
     path = tmp_path / "registry"
     monkeypatch.setenv("TRAINAX_REGISTRY_PATH", str(path))
     return path
+
+
+_started: list[str] = []
+"""The processes that a test has started so far."""
+
+
+def _note_start(event, args):
+    if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"):
+        _started.append(f"{event}{args[:2]}")
+
+
+def _noting_start(process, start=multiprocessing.process.BaseProcess.start):  # which no event tells of
+    _started.append(f"{type(process).__name__} {process.name}")
+    start(process)
+
+
+sys.addaudithook(_note_start)
+multiprocessing.process.BaseProcess.start = _noting_start
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    _started.clear()
+
+
+@pytest.fixture(autouse=True)
+def processes_are_marked(request):
+    """`make test-quick` leaves out what is marked `processes`: nothing else may start one."""
+    yield
+    if _started and request.node.get_closest_marker("processes") is None:
+        pytest.fail(f"mark this test with @pytest.mark.processes: it has started {_started[0]}")

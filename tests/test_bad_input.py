@@ -161,6 +161,7 @@ def test_update_by_hand_with_a_batch_that_is_none():
     assert "but got:\n" in str(caught.value)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_dataset_that_raises(num_workers):
     trainer = make_trainer(train_dataset=Failing(), num_workers=num_workers)

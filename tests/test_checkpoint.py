@@ -317,6 +317,7 @@ def test_a_checkpoint_that_does_not_fit_names_every_leaf_that_differs(make):
 # ---- folders that something went wrong in
 
 
+@pytest.mark.processes
 def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(make, tmp_path):
     source = f"""
 import os, signal, sys

@@ -25,6 +25,7 @@ def nothing_said(monkeypatch):
     monkeypatch.setattr(cudart, "_said", set())
 
 
+@pytest.mark.processes
 def test_the_wheels_library_is_found_loaded_and_called():
     paths = [Path(name) for name in cudart.find() if "nvidia" in name]
     assert paths
@@ -89,6 +90,7 @@ const char *cudaGetErrorString(int code) { return "spied"; }
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_start_and_stop_are_one_pair_and_what_the_process_has_loaded_comes_first(tmp_path):
     """A library of the test's own, loaded before learnax looks, is the one that is called."""

@@ -225,6 +225,7 @@ def no_account(tmp_path, monkeypatch):
     wandb.teardown()
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("no_account")
 def test_a_script_in_the_documented_spelling_runs(registry_path):
     names = {}

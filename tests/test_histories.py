@@ -177,6 +177,7 @@ run.save()
 """
 
 
+@pytest.mark.processes
 def test_a_kill_between_the_histories_and_the_save_loses_and_repeats_nothing(path):
     Trained(path).train(4).save().close()
     killed = subprocess.run([sys.executable, "-c", KILLED.format(path=str(path))], cwd=ROOT, timeout=100, check=False)

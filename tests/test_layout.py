@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import learnax
 from tests.helpers import ROOT, run_script
 
@@ -89,6 +91,7 @@ def test_the_top_level_is_as_documented():
     assert libcudart is None or hasattr(libcudart, "cudaProfilerStart")
 
 
+@pytest.mark.processes
 def test_importing_loads_none_of_what_is_used_later():
     source = (
         "import sys, learnax\n"
@@ -129,6 +132,7 @@ print(trainer.train(), len(trainer.metrics["val/loss"]))
 """
 
 
+@pytest.mark.processes
 def test_the_core_runs_without_cuda_without_network_and_without_what_it_does_not_use(tmp_path):
     result = run_script(BARE, tmp_path, env={"XLA_FLAGS": ""})
     assert result.stdout == "None 2\n"

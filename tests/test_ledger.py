@@ -287,6 +287,7 @@ print(trainer.ledger.verdict)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("disabled", [None, "1"])
 def test_the_table_is_shown_where_the_progress_bar_is(tmp_path, disabled):
     result = run_script(SHOWN, tmp_path, env={"TQDM_DISABLE": disabled})
@@ -298,6 +299,7 @@ def test_the_table_is_shown_where_the_progress_bar_is(tmp_path, disabled):
         assert any(line.startswith("start: import") for line in lines)
 
 
+@pytest.mark.processes
 def test_the_ledger_goes_into_the_runs_summary(registry_path):
     run = Registry("ledgers").new_run()
     trainer = make_trainer(run=run)

@@ -186,6 +186,7 @@ trainer.train()
 """
 
 
+@pytest.mark.processes
 def test_the_bar_shows_the_epoch_loss_speed_and_share_of_waiting(tmp_path):
     shown = run_script(BAR, tmp_path, env={"TQDM_DISABLE": None}).stderr.splitlines()
     for epoch, done in (("epoch 1/2:  50%", " 5/10 "), ("epoch 2/2: 100%", " 10/10 ")):

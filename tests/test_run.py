@@ -74,6 +74,7 @@ def written_run(folder, run_id):
     return offline_run(folder, run_id)
 
 
+@pytest.mark.processes
 def test_a_new_run_has_a_folder_a_config_and_a_session(tmp_path):
     run = Run.new("tests", tmp_path, CONFIG)
     assert run.wandb_run is wandb.run
@@ -88,6 +89,7 @@ def test_a_new_run_has_a_folder_a_config_and_a_session(tmp_path):
     assert dict(wandb.run.config) == {**CONFIG, "data": {"size": 43, "path": "/data/16"}}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("config", "expected"),
     [(None, {}), (Config(width=4), {"width": 4, "name": "mlp"}), (OmegaConf.create({"a": 1}), {"a": 1})],
@@ -98,6 +100,7 @@ def test_a_config_may_be_nothing_a_dataclass_or_omegaconf(tmp_path, config, expe
     assert OmegaConf.to_container(run.get_config()) == dict(wandb.run.config) == expected
 
 
+@pytest.mark.processes
 def test_what_a_run_logs_is_in_its_history(tmp_path):
     run = Run.new("tests", tmp_path, CONFIG)
     run.log({"train/loss": 0.5, "step": 1})
@@ -108,6 +111,7 @@ def test_what_a_run_logs_is_in_its_history(tmp_path):
     assert [(row["train/loss"], row["step"]) for row in rows] == [(0.5, 1), (0.25, 2)]
 
 
+@pytest.mark.processes
 def test_a_restored_run_goes_on_with_its_session(tmp_path):
     first = Run.new("tests", tmp_path, CONFIG)
     first.log({"x": 1})
@@ -121,6 +125,7 @@ def test_a_restored_run_goes_on_with_its_session(tmp_path):
     assert [row["x"] for row in written_run(tmp_path, first.id)[1]] == [1, 2]
 
 
+@pytest.mark.processes
 def test_a_second_run_of_a_script_is_a_run_of_its_own(tmp_path):
     first = Run.new("tests", tmp_path, {"number": 1})
     first.log({"x": 1})
@@ -323,6 +328,7 @@ def test_a_registry_takes_its_folder_from_the_argument_or_the_variable(registry_
         )
 
 
+@pytest.mark.processes
 def test_a_registry_makes_restores_and_fetches_its_runs(registry_path):
     registry = Registry("tests")
     run = registry.new_run(CONFIG)
@@ -361,6 +367,7 @@ def test_a_run_that_is_missing_is_an_error_with_those_there_are(registry_path):
     assert registry.fetch_run("of_a_trainer").path == registry_path / "tests" / "of_a_trainer"
 
 
+@pytest.mark.processes
 def test_a_trainer_takes_a_run_and_its_checkpoints_are_the_runs(registry_path):
     run = Registry("tests").new_run(CONFIG)
     trainer = make_trainer(run=run, registry="tests", num_epochs=1)

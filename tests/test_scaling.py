@@ -134,6 +134,7 @@ def test_the_estimate_is_a_table_that_says_what_it_is(capsys):
 # ---- the benchmark, and the example on two processes
 
 
+@pytest.mark.processes
 def test_two_processes_are_measured_beside_one(tmp_path):
     command = [sys.executable, "-m", "bench.scaling", "--quick", "--rounds", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=200)
@@ -150,6 +151,7 @@ def test_two_processes_are_measured_beside_one(tmp_path):
     assert json.loads((tmp_path / "scaling.json").read_text())["settings"]["quick"] is True
 
 
+@pytest.mark.processes
 def test_a_process_that_ends_is_not_waited_for(tmp_path):
     with contextlib.ExitStack() as stack, open(tmp_path / "log", "w+") as log:
         both = scaling.Set(stack, log, "mlp-128", 16, 1, 2)
@@ -158,6 +160,7 @@ def test_a_process_that_ends_is_not_waited_for(tmp_path):
             both.answers()
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_knows_its_targets():
     assert "examples/digits.py --distributed $1/2 --epochs 3" in dry("train-2", "ARGS=--epochs 3")

@@ -213,6 +213,7 @@ print("MB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 102
 """
 
 
+@pytest.mark.processes
 def test_hostile_files_neither_end_nor_fill_the_process(tmp_path):
     for name, (content, _) in HOSTILE.items():
         (tmp_path / name).write_bytes(content)

@@ -3,10 +3,13 @@
 import json
 import struct
 
+import pytest
 from wandb.proto import wandb_internal_pb2
 
 from learnax.checkpoint import Checkpointer
 from tests.helpers import run_script
+
+pytestmark = pytest.mark.processes
 
 _HEADER, _BLOCK, _RECORD_HEADER, _FULL, _LAST = 7, 32768, 7, 1, 4
 """A `.wandb` file: a header, then blocks of records in pieces, as LevelDB writes its log."""

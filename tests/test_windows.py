@@ -141,6 +141,7 @@ def cuda(spy, monkeypatch):
     return calls
 
 
+@pytest.mark.processes
 @needs_cc
 @pytest.mark.parametrize("room", [1, 16])
 @pytest.mark.parametrize("number", [1, 4])
@@ -157,6 +158,7 @@ def test_each_window_is_one_pair_between_its_steps(cuda, room, number):
     assert_trees_equal(trainer.train_state, plain.train_state)
 
 
+@pytest.mark.processes
 @needs_cc
 def test_windows_at_the_ends_of_runs_and_epochs(cuda):
     trainer = make_trainer(profile="cuda:0-2,cuda:5-8,cuda:9-99", val_datasets=[make_data(9)])
@@ -170,6 +172,7 @@ def test_windows_at_the_ends_of_runs_and_epochs(cuda):
     ]  # fmt: skip
 
 
+@pytest.mark.processes
 @needs_cc
 def test_a_window_of_epochs_has_their_validation(cuda):
     trainer = make_trainer(profile="cuda:epoch 1 every 2", num_epochs=5, val_datasets=[make_data(8)])
@@ -182,6 +185,7 @@ def test_a_window_of_epochs_has_their_validation(cuda):
     assert calls == epoch + inside(5, 10) + epoch + inside(15, 20) + epoch
 
 
+@pytest.mark.processes
 @needs_cc
 def test_windows_that_touch_or_overlap_are_one(cuda):
     trainer = make_trainer(profile="cuda:1-3,cuda:3-5,cuda:4-7")
@@ -190,6 +194,7 @@ def test_windows_that_touch_or_overlap_are_one(cuda):
     assert calls == [("start", 1), ("stop", 7)]
 
 
+@pytest.mark.processes
 @needs_cc
 @pytest.mark.parametrize("room", [1, 16])
 def test_what_is_raised_inside_a_window_ends_it(cuda, room, tmp_path):
@@ -203,6 +208,7 @@ def test_what_is_raised_inside_a_window_ends_it(cuda, room, tmp_path):
     assert calls[2:] == [("start", 4), ("stop", 9)]
 
 
+@pytest.mark.processes
 @needs_cc
 def test_dropped_updates_do_not_count(cuda):
     data = make_data(80)
@@ -214,6 +220,7 @@ def test_dropped_updates_do_not_count(cuda):
     assert trainer.log.step == 9
 
 
+@pytest.mark.processes
 @needs_cc
 @pytest.mark.parametrize("seed", range(4))
 def test_random_windows_capture_exactly_the_steps_that_they_cover(cuda, seed):
@@ -402,6 +409,7 @@ trainer.train()
 """
 
 
+@pytest.mark.processes
 @needs_cc
 def test_ranges_are_seen_by_an_nvtx_tool(tmp_path):
     pytest.importorskip("nvtx")
@@ -433,6 +441,7 @@ def test_ranges_are_seen_by_an_nvtx_tool(tmp_path):
     assert run_script(RANGES.format(profile=None), tmp_path, env=env).stdout == "plotting\n"
 
 
+@pytest.mark.processes
 def test_without_nvtx_installed_windows_work_all_the_same(tmp_path):
     source = """
 import sys

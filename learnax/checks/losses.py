@@ -26,11 +26,9 @@ from learnax.checks.texts import (
     what_is,
 )
 from learnax.leaves import is_array
-from learnax.loss import Losses, LossPipe
+from learnax.loss import KEY_NAMES, Losses, LossPipe
 from learnax.utils import PyTree
 
-_KEYS = ("key", "rng", "rng_key", "rngs")
-"""What a loss calls a first parameter that is a random key; output and datum come behind it."""
 _STEPS = re.compile(r"_|(.*_)?(step|steps|iter|iters|iteration|iterations|count|counter|it)|[itkn]|_.+")
 """What a loss calls the training step: a third parameter of another name is meant for something else."""
 
@@ -67,7 +65,7 @@ def check_signature(losses: Losses, name: str = "losses") -> None:
             f"{name} must be a function (output, datum) -> (output, loss, metrics), but is {short(losses)}, whose "
             "arguments Python does not tell"
         ) from None
-    if parameters and parameters[0].name in _KEYS:
+    if parameters and parameters[0].name in KEY_NAMES:
         parameters = parameters[1:]
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     wrong = [p.name for p in required[2:] if not _STEPS.fullmatch(p.name)]
@@ -103,7 +101,7 @@ def watched(losses: Losses, seen: Seen, name: str = "losses") -> Losses:
         return result
 
     signature = inspect.signature(losses)
-    skipped = int(next(iter(signature.parameters), "") in _KEYS)
+    skipped = int(next(iter(signature.parameters), "") in KEY_NAMES)
     # By this the step is passed on, or not.
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
