@@ -1,6 +1,6 @@
 """A compiled training engine for Flax models: hand a `Trainer` a model, losses and data, and it trains."""
 
-from learnax import clock  # isort: skip  (first, to see all of the import)
+from learnax.profiling import clock  # isort: skip  (first, to see all of the import)
 from learnax import checkpoint as checkpoint
 from learnax import loss as loss
 from learnax import metrics as metrics

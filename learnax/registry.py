@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from learnax.names import expanded, folder_name
 from learnax.run import Run
+from learnax.utils.names import expanded, folder_name
 
 PATH_VARIABLE = "TRAINAX_REGISTRY_PATH"
 

@@ -14,9 +14,9 @@ import jax
 
 from learnax.checkpoint import Checkpointer
 from learnax.checkpoint.thaw import read_plain
-from learnax.names import expanded, folder_name
-from learnax.processes import connected
-from learnax.session import plot_over_steps, with_step
+from learnax.cluster.processes import connected
+from learnax.log.session import plot_over_steps, with_step
+from learnax.utils.names import expanded, folder_name
 
 _PICKLE = b"\x80"
 """What a pickle of any protocol since the second begins with."""

@@ -1,66 +1,96 @@
-"""wandb sessions: rows that belong to a step of the training, whatever wandb itself counts.
-
-wandb numbers its rows, one for each `log`, and drops a row that is logged to a number which it has passed. A run has
-more rows than steps (validations have their own), so a plot that logs with `step=` of the training would come too
-late. So the training's step is a column of the rows, `step`, and wandb is told that it is the axis to plot over.
-"""
+"""The frame around a run: signals, the progress bar and the watchdog, and an end with everything written."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
+
+from learnax.checkpoint import SaveError
+from learnax.cluster.stops import TimeUpError
+from learnax.parts import Parts
 
 _logger = logging.getLogger("learnax")
-STEP = "step"
-"""The column."""
 
 
-def plot_over_steps(session: Any) -> None:
-    """Tells a wandb session to plot all of its metrics over `step`; anything else is left alone."""
-    if _is_session(session):
-        try:
-            session.define_metric("*", step_metric=STEP)
-        except Exception as error:
-            _logger.warning("wandb's charts are not over the steps: %s: %s", type(error).__name__, error)
-
-
-def with_step(row: Mapping[str, Any], step: int | None) -> dict[str, Any]:
-    """A row with the step that it belongs to; one that it has itself stays."""
-    return dict(row) if step is None else {STEP: step, **row}
-
-
-class ByStep:
-    """A wandb session whose `log` keeps what is logged with a step of the training; all else is the session's own.
+class Session:
+    """Frames a run, or a part of one; a session in a session is part of it.
 
     Args:
-        session: a wandb run.
+        parts: of the run.
+
+    Attributes:
+        running: whether one is under way.
     """
 
-    def __init__(self, session: Any):
-        object.__setattr__(self, "_session", session)
+    def __init__(self, parts: Parts):
+        self._parts = parts
+        self.running = False
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """That of the session, so that `isinstance` knows it."""
-        return type(self._session)
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Shows progress inside, and leaves with everything written."""
+        if self.running:
+            yield
+            return
+        parts, self.running = self._parts, True
+        done, alone = self.done(), False
+        with parts.phases.other, parts.watchdog.watching(), parts.processes.watching():
+            try:
+                if parts.checkpointer is not None:
+                    with parts.phases.save:
+                        parts.checkpointer.prepare(parts.progress.state)
+                with parts.stops.watched(), parts.log.session(done):
+                    try:
+                        with contextlib.closing(parts.profiler):
+                            yield
+                        if self.done() > done:
+                            self.save()
+                    except SaveError:
+                        raise
+                    except BaseException as error:
+                        if parts.processes.count > 1 and not parts.stops.agreed:
+                            alone = True
+                            parts.log.forget()
+                            raise parts.processes.failed(error) from error
+                        if self.done() > done and not parts.stops.at_once:
+                            self.save_stopped(error)
+                        raise
+                    finally:
+                        if parts.stops.at_once:
+                            parts.log.abandon()
+            except TimeUpError:
+                pass  # a limit that was asked for is no error: what called goes on
+            finally:
+                self.running = False
+                for loader in parts.loaders.values():
+                    loader.close()
+                if parts.checkpointer is not None and not (parts.stops.at_once or alone):
+                    with parts.phases.save:
+                        parts.checkpointer.close()
 
-    def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
-        """Logs a row; `step` becomes its column `step`."""
-        options = {} if commit is None else {"commit": commit}
-        self._session.log(with_step(data, step), **options)
+    def done(self) -> int:
+        """Steps that the position in the data is at."""
+        settings, position = self._parts.settings, self._parts.progress.position
+        return position.epoch * settings.epoch_steps + position.batch // settings.accumulate_steps
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
+    def save(self) -> None:
+        """Saves the end of a session, so that nothing of it is lost between two saves."""
+        checkpointer, progress = self._parts.checkpointer, self._parts.progress
+        if checkpointer is not None:
+            with self._parts.phases.save:
+                checkpointer.save_latest(progress.state, self._parts.log.step, resume=progress.resume_point())
+                checkpointer.wait()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._session, name, value)
-
-
-def by_step(run: Any) -> Any:
-    """A run for a user's plots: a wandb session as `ByStep`, any other as it is."""
-    return ByStep(run) if _is_session(run) else run
-
-
-def _is_session(run: Any) -> bool:
-    return callable(getattr(run, "define_metric", None))
+    def save_stopped(self, why: BaseException) -> None:
+        """Saves a run that is about to end before its time."""
+        log = self._parts.log
+        try:
+            log.drain()
+            self.save()
+        except Exception as error:
+            _logger.warning("stopped at step %d; the state could not be saved: %s", log.step, error)
+        else:
+            saved = "" if self._parts.checkpointer is None else ", and saved: load_checkpoint=True goes on from here"
+            reason = self._parts.stops.reason or f"{type(why).__name__}: {why}".removesuffix(": ")
+            _logger.warning("stopped at step %d by %s%s", log.step, reason, saved)

@@ -209,7 +209,7 @@ def trained(name):
         "times": len(trainer.metrics["train/update_time"]),
         "rng": np.array(jax.random.key_data(trainer.rng_seq)),
         "kinds": sorted(program.kind for program in programs),
-        "calls": trainer._calls(),
+        "calls": trainer.engine.calls,
         "room": trainer.plan.room,
     }
     if name in ("fused", "accumulated"):
@@ -350,7 +350,7 @@ def resumed(results):
         trainer = make_trainer(**data, **{"devices": None, "registry": registry, "load_checkpoint": True} | options)
     results["begins"] = trainer.log.step
     for who, (step, what) in acts.items():  # a signal that nobody heeds: dispatches are cut alike on all
-        trainer._saves.append(Act(trainer, step, what if int(who) == jax.process_index() else "SIGCHLD"))
+        trainer.hooks.saves.append(Act(trainer, step, what if int(who) == jax.process_index() else "SIGCHLD"))
     try:
         trainer.train()
     finally:

@@ -162,8 +162,8 @@ def test_a_run_stopped_in_mid_epoch_goes_on_at_its_update(again):
     options = {"steps_per_execution": 4, "registry": "stopped", "save_every": 4}
     uncut = trained(**options | {"registry": None})
     trainer = make(**options)
-    trainer._saves.append(StopAt(9))
-    trainer._save_stopped = lambda why: None
+    trainer.hooks.saves.append(StopAt(9))
+    trainer.loop.session.save_stopped = lambda why: None
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     if again == "a new trainer":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from learnax import cache
+from learnax.engine import cache
 from tests.helpers import run_script
 
 # Nothing of the tests' own cache.
@@ -110,7 +110,7 @@ def used(tmp_path, asked="", prepare="", **env):
 import logging
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 import jax
-from learnax.cache import use_cache
+from learnax.engine.cache import use_cache
 {prepare}
 print(use_cache({asked or None}))
 print(jax.config.jax_compilation_cache_dir)
@@ -189,10 +189,10 @@ def refused(tmp_path, folder, change=""):
     """What is said when a folder is asked for, in a process whose user may change once all is imported."""
     source = f"""
 import os
-import learnax.cache
+import learnax.engine.cache
 {change}
 try:
-    learnax.cache.use_cache({str(folder)!r})
+    learnax.engine.cache.use_cache({str(folder)!r})
 except OSError as error:
     print(type(error).__name__, error)
 """

@@ -14,7 +14,8 @@ import pytest
 
 from learnax.checkpoint import Checkpointer, SaveError
 from learnax.checkpoint.folder import Folder
-from learnax.state import TrainState, adam
+from learnax.step.optimizers import adam
+from learnax.step.state import TrainState
 from tests.helpers import ROOT, assert_trees_equal
 
 RESUME = {
@@ -323,7 +324,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(make, tmp_path):
 import os, signal, sys
 import jax.numpy as jnp
 from learnax.checkpoint import Checkpointer
-from learnax.state import TrainState
+from learnax.step.state import TrainState
 
 def state(step):
     return TrainState({{"wide": jnp.full((3000, 3000), step), "scale": jnp.float32(step)}}, {{}}, jnp.int32(step))

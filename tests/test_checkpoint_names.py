@@ -9,7 +9,7 @@ import pytest
 
 from learnax.checkpoint import Checkpointer
 from learnax.checkpoint.folder import Folder
-from learnax.state import TrainState
+from learnax.step.state import TrainState
 from tests.test_faults import write_old
 
 

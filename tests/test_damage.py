@@ -16,7 +16,8 @@ import pytest
 from hypothesis import strategies as st
 
 from learnax.checkpoint import Checkpointer, DamagedError, SaveError, files, seals
-from learnax.state import TrainState, adam
+from learnax.step.optimizers import adam
+from learnax.step.state import TrainState
 from tests.helpers import assert_trees_equal
 
 RESUME = {"rng": np.array([3, 4], np.uint32), "position": {"epoch": 1}, "history": {"loss": [0.5, 0.25]}}

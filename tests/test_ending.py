@@ -17,10 +17,10 @@ import jax
 import numpy as np
 import pytest
 
+from learnax.cluster.stops import TimeUpError
 from learnax.data import Loader
 from learnax.data.ending import SHARED, clear_segments
 from learnax.data.workers import WorkerError
-from learnax.stops import TimeUpError
 from tests.test_workers import make_dataset, make_loader, rows, workers
 
 __all__ = ["make_loader"]

@@ -20,7 +20,7 @@ import pytest
 from learnax.checkpoint import Checkpointer, DamagedError, SaveError, files, writer
 from learnax.registry import Registry
 from learnax.run import Run
-from learnax.state import TrainState
+from learnax.step.state import TrainState
 from tests.helpers import MLP, MemoryRun, assert_trees_equal, host, make_data, run_script
 from tests.test_checkpoint import make_state, step_of
 from tests.test_resume import EPOCHS, STEPS, assert_same_run, make, on_disk, stop, trained
@@ -73,7 +73,7 @@ def limit(size):
     trainer.checkpointer._saver.writer.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
 
-trainer._saves.append(At(6, lambda: limit(100_000)))
+trainer.hooks.saves.append(At(6, lambda: limit(100_000)))
 {more}
 try:
     trainer.train()
@@ -87,7 +87,7 @@ print("left", sorted(path.name for path in trainer.checkpointer.path.iterdir()))
 
 
 def test_a_disk_that_is_full_for_a_while_ends_nothing_and_is_told_of_once(tmp_path, registry_path):
-    more = "trainer._saves.append(At(12, lambda: limit(-1)))"
+    more = "trainer.hooks.saves.append(At(12, lambda: limit(-1)))"
     done = run_script(FULL.format(more=more, registry=str(registry_path)), tmp_path)
     lines = done.stdout.splitlines()
     failures = [line for line in lines if "could not be saved" in line]
@@ -110,7 +110,7 @@ def test_a_disk_that_stays_full_leaves_the_last_good_one_and_raises_at_the_end(t
 
 def test_a_folder_that_is_gone_is_made_again(registry_path):
     trainer = make(save_every=5)
-    trainer._saves.append(At(7, lambda: (trainer.checkpointer.wait(), shutil.rmtree(trainer.checkpointer.path))))
+    trainer.hooks.saves.append(At(7, lambda: (trainer.checkpointer.wait(), shutil.rmtree(trainer.checkpointer.path))))
     trainer.train()
     assert on_disk(registry_path).load_latest()["step"] == 15
     assert list(on_disk(registry_path).list_available_checkpoints()) == ["latest", 15]
@@ -125,7 +125,7 @@ def test_a_folder_that_became_something_else_is_told_of_and_raised_at_the_end(re
         shutil.rmtree(path)
         path.write_text("no folder")
 
-    trainer._saves.append(At(7, replace))
+    trainer.hooks.saves.append(At(7, replace))
     with pytest.raises(
         SaveError, match=r"^the checkpoint of step 15 could not be saved: .*; which ones there are cannot be seen: "
     ):
@@ -189,8 +189,8 @@ def test_large_states_wait_one_at_a_time(tmp_path, monkeypatch):
 def test_a_save_leaves_the_state_to_be_updated_in_place(devices):
     trainer = make(devices=devices, save_every=1, steps_per_execution=1)
     places = []
-    trainer._saves.append(At(3, lambda: places.append(trainer.engine.places(trainer.train_state))))
-    trainer._saves.append(At(9, lambda: places.append(trainer.engine.places(trainer.train_state))))
+    trainer.hooks.saves.append(At(3, lambda: places.append(trainer.engine.places(trainer.train_state))))
+    trainer.hooks.saves.append(At(9, lambda: places.append(trainer.engine.places(trainer.train_state))))
     trainer.train()
     assert places[0] == places[1]
 
@@ -471,7 +471,7 @@ def test_a_worker_that_is_killed_ends_the_run_after_a_save_and_it_goes_on(regist
             if process.name.startswith("grain-process-prefetch-"):
                 process.kill()
 
-    trainer._saves.append(At(6, kill))
+    trainer.hooks.saves.append(At(6, kill))
     with contextlib.suppress(RuntimeError):  # what it had sent before may be all that this short run needs
         trainer.train()
     assert on_disk(registry_path).load_latest()["step"] == trainer.log.step

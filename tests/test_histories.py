@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from learnax.checkpoint import Checkpointer, SaveError, files, history
-from learnax.state import TrainState
+from learnax.step.state import TrainState
 from tests.helpers import ROOT
 
 RNG = np.array([3, 4], np.uint32)

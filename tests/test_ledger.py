@@ -325,7 +325,7 @@ def test_an_interrupted_run_has_a_ledger_too():
     from tests.helpers import StopAt
 
     trainer = make_trainer(steps_per_execution=1)
-    trainer._saves.append(StopAt(3))
+    trainer.hooks.saves.append(StopAt(3))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.ledger.steps == 3

@@ -23,7 +23,8 @@ from flax.core import FrozenDict
 
 from learnax.checkpoint import legacy, standins
 from learnax.checkpoint.trees import as_state
-from learnax.state import TrainState, adam
+from learnax.step.optimizers import adam
+from learnax.step.state import TrainState
 from learnax.utils import leaves_by_path
 from tests.helpers import assert_trees_equal
 
@@ -120,7 +121,7 @@ def test_a_state_comes_back_as_it_was(tmp_path, rate, leaves, frozen, protocol):
     assert types((got.params, got.opt_state)) == types((expected.params, expected.opt_state))
 
 
-@pytest.mark.parametrize("module", ["learnax.trainer", "learnax.state", "learnax.anything"])
+@pytest.mark.parametrize("module", ["learnax.trainer", "learnax.step.state", "learnax.anything"])
 def test_the_states_class_may_have_lived_anywhere_in_learnax(tmp_path, module):
     pickled = pickle.dumps({"state": make_state(), "step": 7, "time": 0.0}, 2)
     path = put(tmp_path / "state_7.pyd", pickled.replace(b"clearnax.trainer\n", b"c" + module.encode() + b"\n"))
@@ -387,8 +388,8 @@ RUNS = {
         "optax._src.base.jax.numpy.save",
     ),
     "dotted learnax": (
-        lambda m: b"\x80\x04" + on_stack("learnax.state", "np.save") + text(str(m)) + ARRAY + b"\x86R.",
-        "learnax.state.np.save",
+        lambda m: b"\x80\x04" + on_stack("learnax.step.state", "np.save") + text(str(m)) + ARRAY + b"\x86R.",
+        "learnax.step.state.np.save",
     ),
     "numpy save": (lambda m: pickle.dumps(Calls(np.save, str(m), np.ones(3))), "numpy.save"),
     "numpy memmap": (lambda m: pickle.dumps(Calls(np.memmap, str(m), "u1", "w+", 0, (3,))), "numpy.memmap"),
@@ -488,7 +489,7 @@ REFUSED = {
     "optax.contrib": "sys",
     "optaxe": "EmptyState",
     "evil.optax": "EmptyState",
-    "learnax.state": "adam optax",
+    "learnax.step.state": "adam optax",
     "learnax.trainer": "Trainer libcudart",
     "learnax.utils": "tree_stack",
     "learnaxe": "TrainState",
@@ -507,7 +508,7 @@ def test_a_name_that_no_state_needs_is_refused(tmp_path, form, module, name):
 
 
 @pytest.mark.parametrize("attribute", ["_make", "__class__", "_replace", "__init__", "mro", "build", "x"])
-@pytest.mark.parametrize("module", ["learnax.trainer", "learnax.state", "optax", "numpy", "flax.core.frozen_dict"])
+@pytest.mark.parametrize("module", ["learnax.trainer", "learnax.step.state", "optax", "numpy", "flax.core.frozen_dict"])
 def test_names_with_dots_are_refused(tmp_path, module, attribute):
     for name in ("TrainState", "EmptyState", "ndarray", "FrozenDict"):
         path = put(tmp_path / "state_1.pyd", b"\x80\x04" + on_stack(module, f"{name}.{attribute}") + b".")
@@ -546,7 +547,7 @@ def test_persistent_ids_are_refused(tmp_path, pickled):
 
 
 ODD = {
-    "attribute of a class": b"\x80\x04" + on_stack("learnax.state", "TrainState") + b"N}\x8c\x05_makeK\x01s\x86b.",
+    "attribute of a class": b"\x80\x04" + on_stack("learnax.step.state", "TrainState") + b"N}\x8c\x05_makeK\x01s\x86b.",
     "state of a class": b"\x80\x04" + on_stack("numpy", "ndarray") + b"}\x8c\x05buildK\x01sb.",
     "attribute of optax": b"\x80\x04" + on_stack("optax", "EmptyState") + b"N}\x8c\x05_makeK\x01s\x86b.",
     "attribute of a dict": b"\x80\x04}N}\x8c\x05itemsK\x01s\x86b.",

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from learnax.cluster.processes import OneProcess
 from learnax.log import Log, Means, in_notebook
-from learnax.processes import OneProcess
 from learnax.profiling.phases import Phases
 from learnax.step import Scalars
 from tests.helpers import MemoryRun, make_data, make_trainer, run_script
@@ -73,7 +73,7 @@ def test_update_times_are_seconds_that_sum_to_no_more_than_the_run(monkeypatch):
         now[0] += 1.0
         return now[0]
 
-    monkeypatch.setattr("learnax.log.time.perf_counter", clock)
+    monkeypatch.setattr("learnax.log.log.time.perf_counter", clock)
     trainer = make_trainer(num_epochs=1)
     began = now[0]
     trainer.train()
@@ -111,8 +111,8 @@ def scalars(names, rows):
 @pytest.mark.parametrize("in_flight", [0, 2])
 @pytest.mark.parametrize(("bulk", "seconds"), [(1, 1e9), (3, 1e9), (100, 0)])
 def test_scalars_are_read_in_bulk_when_later_steps_are_under_way(in_flight, bulk, seconds, monkeypatch):
-    monkeypatch.setattr("learnax.log._BULK", bulk)
-    monkeypatch.setattr("learnax.log._BULK_S", seconds)
+    monkeypatch.setattr("learnax.log.log._BULK", bulk)
+    monkeypatch.setattr("learnax.log.log._BULK_S", seconds)
     log = make_log(in_flight, 8)
     with log.session(0):
         for step in range(8):

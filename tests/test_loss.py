@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from learnax.loss import LossFunction, LossPipe, call_loss, takes_key
-from learnax.state import key_pair
+from learnax.step import key_pair
 from tests.helpers import make_data, make_trainer
 
 

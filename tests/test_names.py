@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from learnax.names import expanded, folder_name
 from learnax.registry import Registry
 from learnax.run import Run
+from learnax.utils.names import expanded, folder_name
 from tests.helpers import MemoryRun, make_trainer
 
 
@@ -93,7 +93,7 @@ def test_a_registry_is_where_its_user_means_it_and_stays_there(given, elsewhere,
         sample_every=2,
         sample_params=checkpoints,
     )
-    (sampler,) = over._shows
+    (sampler,) = over.hooks.shows
     jax.tree.map(np.testing.assert_array_equal, sampler._params, jax.device_get(trainer.train_state.params))
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from learnax.checkpoint import Checkpointer, OwnedError, SaveError, locks, owner
 from learnax.checkpoint.record import Record, read
-from learnax.state import TrainState
+from learnax.step.state import TrainState
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.processes
@@ -25,7 +25,7 @@ SCRIPT = """
 import contextlib, errno, logging, os, sys
 import numpy as np
 from learnax.checkpoint import Checkpointer, locks
-from learnax.state import TrainState
+from learnax.step.state import TrainState
 
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 path, lockless = sys.argv[1], sys.argv[2] == "lockless"
@@ -414,7 +414,7 @@ NOBODY = """
 import logging, os, sys
 import numpy as np
 from learnax.checkpoint import Checkpointer, SaveError
-from learnax.state import TrainState
+from learnax.step.state import TrainState
 
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 folder = {folder!r}

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from learnax.packing import ROW, SMALL, Packing
-from learnax.state import adam
+from learnax.step.optimizers import adam
+from learnax.step.packing import ROW, SMALL, Packing
 
 SHAPES = {
     "small": {"bias": (10,), "kernel": (7, 13), "scalar": (), "whole rows": (2, ROW), "empty": (0, 3)},

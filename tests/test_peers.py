@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from learnax.packing import SMALL
 from learnax.registry import Registry
+from learnax.step.packing import SMALL
 from tests import peers
 from tests.helpers import MLP, assert_trees_close, assert_trees_equal, host, make_data, make_trainer
 
@@ -137,7 +137,7 @@ def test_one_process_starts_the_run_and_all_save_in_its_folder(tmp_path):
 
 def test_where_the_folder_is_anothers_all_are_refused(tmp_path):
     from learnax.checkpoint import Checkpointer
-    from learnax.state import TrainState
+    from learnax.step.state import TrainState
 
     here = Checkpointer.at(tmp_path / "registry" / "tests" / "trainer" / "checkpoints")
     here.save_latest(TrainState({"w": np.zeros(3)}, {}, 1))

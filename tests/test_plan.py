@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from learnax.plan import BLOCK_BYTES, FUSED, Plan, plan
+from learnax.engine.plan import BLOCK_BYTES, FUSED, Plan, plan
 from tests.helpers import make_data, make_trainer
 
 CONVOLUTION = frozenset({"conv_general_dilated", "dot_general"})
@@ -95,7 +95,7 @@ def test_the_size_of_a_step_is_that_of_its_batches_after_they_are_converted():
     data = [[np.zeros((1 << 17) - 3), np.zeros(3)] for _ in range(256)]
     trainer = make_trainer(train_dataset=data, batch_size=4, accumulate_steps=2)
     assert trainer.plan == Plan(16, "dispatches cost more than steps", True)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(trainer._first)) == 1 << 19
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.parts.first["train"].arguments)) == 1 << 19
     assert make_trainer(train_dataset=data, batch_size=8, accumulate_steps=2).plan.room == 8
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from learnax.state import TrainState
+from learnax.step.state import TrainState
 from tests.helpers import make_data, make_trainer
 
 HALVES = [jnp.bfloat16, jnp.float16]

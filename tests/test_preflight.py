@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from learnax import preflight
+from learnax.engine import preflight
 from learnax.registry import Registry
 from tests.helpers import MemoryRun, Streamed, assert_trees_equal, host, make_data, make_trainer
 
@@ -98,7 +98,7 @@ def test_a_run_that_the_devices_cannot_hold_is_an_error_and_nothing_is_dispatche
     ):
         trainer.preflight()
     assert_trees_equal(trainer.train_state, before)
-    assert trainer._calls() == 0
+    assert trainer.engine.calls == 0
 
 
 def test_a_checkpoint_that_does_not_come_back_is_an_error_by_name(monkeypatch):

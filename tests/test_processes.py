@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-import learnax.processes
+import learnax.cluster.processes
 from tests import peers
 from tests.helpers import assert_trees_close, assert_trees_equal, make_trainer
 
@@ -272,11 +272,11 @@ def test_random_keys_among_the_data_can_be_shown():
     ],
 )
 def test_what_other_processes_say_is_told_by_the_file_wherever_the_package_lies(package, monkeypatch):
-    monkeypatch.setattr(learnax.processes, "_PACKAGE", Path(package) / "learnax")
+    monkeypatch.setattr(learnax.cluster.processes, "_PACKAGE", Path(package) / "learnax")
 
     def heard(file):
         record = logging.LogRecord("learnax", logging.WARNING, f"{package}/learnax/{file}", 1, "said", (), None)
-        return learnax.processes._Own().filter(record)
+        return learnax.cluster.processes._Own().filter(record)
 
     assert heard("checkpoint/checkpointer.py")
     assert not heard("log.py")
@@ -304,10 +304,10 @@ def test_to_connect_after_a_trainer_was_built_is_jaxs_error():
 
 @pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_tasks_that_were_not_connected_are_told_of_once(variable, monkeypatch, caplog):
-    for name in learnax.processes._TASKS:
+    for name in learnax.cluster.processes._TASKS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "2")
-    monkeypatch.setattr(learnax.processes, "_warned", [])
+    monkeypatch.setattr(learnax.cluster.processes, "_warned", [])
     with caplog.at_level(logging.WARNING, "learnax"):
         make_trainer()
         make_trainer()
@@ -320,7 +320,7 @@ def test_tasks_that_were_not_connected_are_told_of_once(variable, monkeypatch, c
 @pytest.mark.parametrize("tasks", ["1", "", "a few"])
 def test_one_task_is_nothing_to_tell_of(tasks, monkeypatch, caplog):
     monkeypatch.setenv("SLURM_NTASKS", tasks)
-    monkeypatch.setattr(learnax.processes, "_warned", [])
+    monkeypatch.setattr(learnax.cluster.processes, "_warned", [])
     with caplog.at_level(logging.WARNING, "learnax"):
         make_trainer()
     assert not caplog.records

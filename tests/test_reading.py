@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from learnax.cluster.stops import TimeUpError
 from learnax.data import Loader, Repeated, first_datum
 from learnax.data.randomness import find_generator, tell_of_generators
-from learnax.stops import TimeUpError
 from tests.helpers import MLP, Streamed, assert_trees_equal, host, make_data, make_trainer
 
 

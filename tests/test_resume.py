@@ -38,8 +38,8 @@ def make(**overrides):
 def stop(*, step, **overrides):
     """A trainer that was stopped when the metrics of a step were logged, too suddenly to save anything."""
     trainer = make(**overrides)
-    trainer._save_stopped = lambda why: None
-    trainer._saves.append(StopAt(step))
+    trainer.loop.session.save_stopped = lambda why: None
+    trainer.hooks.saves.append(StopAt(step))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     return trainer

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from learnax.checkpoint import Checkpointer
 from learnax.registry import Registry
 from learnax.run import Run
-from learnax.state import TrainState
+from learnax.step.state import TrainState
 from tests.helpers import assert_trees_equal, make_trainer
 from tests.test_wandb import offline_run
 

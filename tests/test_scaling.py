@@ -15,7 +15,7 @@ import pytest
 from bench import scaling
 from bench.estimate import DISCLAIMER, Cluster, estimate, main, one_pass
 from bench.results import Results
-from learnax.packing import ROW, SMALL
+from learnax.step.packing import ROW, SMALL
 from tests.helpers import ROOT, dry, make_trainer
 
 # ---- bytes of a step

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from learnax import sender as module
-from learnax.sender import NoRun, Sender, sender
+from learnax.log import sender as module
+from learnax.log.sender import NoRun, Sender, sender
 from tests.helpers import MemoryRun, make_trainer
 
 SOON = 30

@@ -10,11 +10,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from learnax.engine.sharding import divided
 from learnax.loss import LossPipe
-from learnax.packing import SMALL
 from learnax.registry import Registry
-from learnax.sharding import divided
 from learnax.step import AXIS
+from learnax.step.packing import SMALL
 from tests.helpers import (
     MLP,
     MemoryRun,
@@ -86,7 +86,7 @@ def test_memory_per_device_falls_as_the_devices_grow_in_number():
     arguments, aliased = [], []
     for number in (1, 2, 4):
         trainer = make_wide(shard_state=True, devices=jax.devices()[:number])
-        trainer._compile()
+        trainer.parts.compile()
         costs = train_program(trainer).compiled.memory_analysis()
         arguments.append(costs.argument_size_in_bytes)
         aliased.append(costs.alias_size_in_bytes)

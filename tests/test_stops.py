@@ -13,8 +13,8 @@ import time
 import jax
 import pytest
 
-from learnax.processes import OneProcess
-from learnax.stops import Stops, TimeUpError
+from learnax.cluster.processes import OneProcess
+from learnax.cluster.stops import Stops, TimeUpError
 from tests.helpers import ROOT, MemoryRun, make_data, make_trainer, run_script
 from tests.test_resume import assert_same_run, make, on_disk, trained
 
@@ -187,7 +187,7 @@ def test_the_time_limit_saves_and_returns(registry_path, caplog):
     options = {"train_dataset": Slow(make_data(43)), "steps_per_execution": 1, "save_every": 1000}
     with caplog.at_level(logging.WARNING, "learnax"):
         trainer = make(run=run, max_seconds=1.5, **options)
-        trainer._compile()
+        trainer.parts.compile()
         assert trainer.train() is run
     step = trainer.log.step
     assert 1 <= step < 15
@@ -288,8 +288,8 @@ def test_a_signal_that_is_ignored_stays_so_and_other_threads_take_none_over():
 FORKING = """
 import multiprocessing, os, signal, sys, warnings
 warnings.simplefilter("ignore")
-from learnax.processes import OneProcess
-from learnax.stops import Stops
+from learnax.cluster.processes import OneProcess
+from learnax.cluster.stops import Stops
 
 fork = multiprocessing.get_context("fork")
 

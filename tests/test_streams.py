@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from learnax.state import init_params
-from learnax.step import apply_model
-from learnax.streams import asked_streams, lifted_streams, rngs_of
+from learnax.models.linen import apply_model, init_params
+from learnax.models.streams import asked_streams, lifted_streams, rngs_of
 from tests.helpers import MLP, Noisy, make_data, make_trainer
 
 

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from learnax.checkpoint import DamagedError, thaw
-from learnax.state import TrainState
+from learnax.step.state import TrainState
 from tests.helpers import ROOT
 
 PROTOCOLS = [0, 1, 2, 3, 4, 5]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from learnax.checkpoint import Checkpointer, SaveError
 from learnax.checkpoint.trees import flat, nested, old_names
-from learnax.state import TrainState, adam
+from learnax.step.optimizers import adam
+from learnax.step.state import TrainState
 from learnax.utils import is_key, key_data, leaves_by_path, unescaped
 from tests.helpers import make_data, make_trainer
 

@@ -46,7 +46,9 @@ def told():
 
 def test_a_run_that_hangs_is_told_of_once_with_phase_and_stacks_and_goes_on(told, monkeypatch, caplog):
     trainer = make_trainer(train_dataset=Hanging(make_data(43), told), num_epochs=1, steps_per_execution=1)
-    trainer.watchdog = Watchdog(trainer._calls, lambda: trainer.phases.current.name, floor_s=0.3, first_s=30)
+    trainer.parts.watchdog = Watchdog(
+        lambda: trainer.engine.calls, lambda: trainer.phases.current.name, floor_s=0.3, first_s=30
+    )
     trainer.train()
     (line,) = [line for line in caplog.messages if line.startswith("nothing was dispatched")]
     assert "after 2 dispatches: the run is in 'data'. It is left alone; what each thread does:\n" in line

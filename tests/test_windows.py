@@ -200,7 +200,7 @@ def test_windows_that_touch_or_overlap_are_one(cuda):
 def test_what_is_raised_inside_a_window_ends_it(cuda, room, tmp_path):
     trainer = make_trainer(profile="cuda:2-9", steps_per_execution=room, registry=Registry("tests", tmp_path))
     calls = cuda(trainer)
-    trainer._shows.append(StopAt(4))
+    trainer.hooks.shows.append(StopAt(4))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert calls == [("start", 2), ("stop", 4)]
@@ -333,7 +333,7 @@ def test_a_run_that_is_not_profiled_calls_none_of_it(monkeypatch):
 
     def profile_of(steps):
         trainer = make_trainer(train_dataset=make_data(8 * steps), num_epochs=1, steps_per_execution=1)
-        trainer._compile()
+        trainer.parts.compile()
         calls = collections.Counter()
 
         def count(frame, event, arg):
@@ -351,9 +351,9 @@ def test_a_run_that_is_not_profiled_calls_none_of_it(monkeypatch):
 
     before, after = profile_of(100), profile_of(200)
     more = {name: (after[name] - before[name]) / 100 for name in after if after[name] != before[name]}
-    # Each dispatch: two looks at what is due, one at the room, one range of nothing; the phases of waiting for the
+    # Each dispatch: one look at what is due, one at the room, one range of nothing; the phases of waiting for the
     # device and of dispatching, and a part of that of logging.
-    assert more.pop("profiler.py:next_due") == 2
+    assert more.pop("profiler.py:next_due") == 1
     assert more.pop("profiler.py:room") == 1
     assert more.pop("profiler.py:steps") == 1
     assert 1 <= more["phases.py:__enter__"] == more["phases.py:__exit__"] < 4.5
@@ -367,7 +367,7 @@ def test_a_run_that_is_not_profiled_makes_the_same_dispatches(monkeypatch):
     for profile in (None, "cuda:1000-1010"):
         trainer = make_trainer(train_dataset=make_data(320), profile=profile)
         trainer.train()
-        counts.append(trainer._calls())
+        counts.append(trainer.engine.calls)
     assert counts == [2 * math.ceil(40 / 16)] * 2
 
 

@@ -16,8 +16,8 @@ from learnax.checkpoint import names
 from learnax.checkpoint.folder import Entry, best
 from learnax.checkpoint.reading import Reader
 from learnax.checkpoint.saving import Saver
-from learnax.processes import OneProcess, Processes
-from learnax.state import TrainState
+from learnax.cluster.processes import OneProcess, Processes
+from learnax.step.state import TrainState
 from learnax.utils import tree_bytes
 
 _logger = logging.getLogger("learnax")

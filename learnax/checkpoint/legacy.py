@@ -13,8 +13,8 @@ import optax
 
 from learnax.checkpoint import thaw
 from learnax.checkpoint.files import DamagedError
-from learnax.state import PyTree, TrainState
-from learnax.utils import leaves_by_path
+from learnax.step.state import TrainState
+from learnax.utils import PyTree, leaves_by_path
 
 _FILE = re.compile(r"state_(latest|best|[0-9]+)\.pyd")
 _KEYS = ("state", "step", "time")

@@ -16,8 +16,8 @@ from learnax.checkpoint.files import DamagedError
 from learnax.checkpoint.history import HistoryLostError
 from learnax.checkpoint.pieces import divided_axes
 from learnax.checkpoint.trees import as_state, nested, old_names, with_keys
-from learnax.processes import Processes
-from learnax.state import TrainState
+from learnax.cluster.processes import Processes
+from learnax.step.state import TrainState
 from learnax.utils import leaves_by_path
 
 _logger = logging.getLogger("learnax")

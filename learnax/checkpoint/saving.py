@@ -25,8 +25,8 @@ from learnax.checkpoint.pieces import Piece, own
 from learnax.checkpoint.snapshot import Camera, Snapshot
 from learnax.checkpoint.trees import without_keys
 from learnax.checkpoint.writer import Writer
-from learnax.processes import Processes
-from learnax.state import TrainState
+from learnax.cluster.processes import Processes
+from learnax.step.state import TrainState
 from learnax.utils import leaves_by_path, tree_bytes
 
 _logger = logging.getLogger("learnax")

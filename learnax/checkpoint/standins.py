@@ -7,19 +7,34 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
 
-from learnax.state import TrainState
-
-if TYPE_CHECKING:
-    from learnax.checkpoint.thaw import Thaw
+from learnax.step.state import TrainState
 
 MOST_ARGUMENTS = 16
 """Of a call: no known one takes more, and a file may make one that has a million a million times over."""
 _THREEFRY = "threefry2x32"
+
+
+class Thawing(Protocol):
+    """What makes the objects that stand-ins stand for, each once; `learnax.checkpoint.thaw.Thaw` is one."""
+
+    plain: bool
+
+    def __call__(self, value: Any) -> Any:
+        """The object that a value of the file stands for."""
+
+    def spend(self, nbytes: int) -> None:
+        """Counts memory that is taken for a copy."""
+
+    def items(self, items: Iterable[Iterable[Any]]) -> Iterable[tuple[Any, Any]]:
+        """Made keys and values of a dict."""
+
+    def key(self, key: Any) -> Any:
+        """A made key."""
 
 
 class OddError(ValueError):
@@ -58,7 +73,7 @@ class StandIn:
     def __setitem__(self, key: Any, value: Any) -> None:
         self.items[key] = value
 
-    def build(self, thaw: Thaw) -> Any:
+    def build(self, thaw: Thawing) -> Any:
         """The object; most classes have none that may stand by itself."""
         raise OddError(f"it has a {name_of(self)} where none should be")
 
@@ -66,13 +81,13 @@ class StandIn:
 class Bytes(StandIn):
     """`bytes` before pickle protocol 3: `_codecs.encode(text, "latin1")`, or `bytes()` if empty."""
 
-    def build(self, thaw: Thaw) -> bytes:
+    def build(self, thaw: Thawing) -> bytes:
         """The bytes; a training state has none that stand by themselves."""
         if not thaw.plain:
             return super().build(thaw)
         return self.raw(thaw)
 
-    def raw(self, thaw: Thaw) -> bytes:
+    def raw(self, thaw: Thawing) -> bytes:
         """The bytes."""
         thaw.spend(len(self.args[0]) if self.args else 0)
         return self.args[0].encode("latin1") if self.args else b""
@@ -85,7 +100,7 @@ class _Ndarray(StandIn):
 class _Dtype(StandIn):
     """`numpy.dtype(kind and size, align, copy)`, with its byte order in its state."""
 
-    def dtype(self, thaw: Thaw) -> np.dtype:
+    def dtype(self, thaw: Thawing) -> np.dtype:
         kind, order = self.args[0], self.state[1]
         if isinstance(kind, type) and issubclass(kind, _Extended):
             return kind.extended
@@ -105,7 +120,7 @@ class _Extended(StandIn):
 class Scalar(StandIn):
     """`scalar(dtype, data)`."""
 
-    def build(self, thaw: Thaw) -> Any:
+    def build(self, thaw: Thawing) -> Any:
         """A number of numpy's; an array in a training state."""
         array = _array(thaw, self.args[0], (), self.args[1])
         return array[()] if thaw.plain else array
@@ -114,7 +129,7 @@ class Scalar(StandIn):
 class _Buffer(StandIn):
     """`_frombuffer(data, dtype, shape, order, axes)`: an array in protocol 5."""
 
-    def build(self, thaw: Thaw) -> np.ndarray:
+    def build(self, thaw: Thawing) -> np.ndarray:
         data, dtype, shape, order, *axes = self.args
         if order == "K":
             return _array(thaw, dtype, shape, data).transpose(*axes)
@@ -124,7 +139,7 @@ class _Buffer(StandIn):
 class _Array(StandIn):
     """`_reconstruct(class, shape, kind)`, with a state: an array before protocol 5."""
 
-    def build(self, thaw: Thaw) -> np.ndarray:
+    def build(self, thaw: Thawing) -> np.ndarray:
         if self.args[0] is not _Ndarray:
             raise OddError("it has an array of a class that is not numpy.ndarray")
         _, shape, dtype, fortran, data = self.state
@@ -134,7 +149,7 @@ class _Array(StandIn):
 class _JaxArray(StandIn):
     """`_reconstruct_array(numpy's _reconstruct, its arguments, its state, abstract value)`."""
 
-    def build(self, thaw: Thaw) -> Any:
+    def build(self, thaw: Thawing) -> Any:
         make, args, state, _ = self.args
         if make is not _Array:
             raise OddError("it has a jax array that is not made from a numpy one")
@@ -153,7 +168,7 @@ class _KeyPart(StandIn):
 class _Key(StandIn):
     """A typed random key."""
 
-    def build(self, thaw: Thaw) -> jax.Array:
+    def build(self, thaw: Thawing) -> jax.Array:
         if _THREEFRY not in self.state["_impl"].args:
             raise OddError(f"it has a random key that is not of {_THREEFRY}")
         return jax.random.wrap_key_data(thaw(self.state["_base_array"]), impl=_THREEFRY)
@@ -162,7 +177,7 @@ class _Key(StandIn):
 class _FrozenDict(StandIn):
     """`FrozenDict(dict)`."""
 
-    def build(self, thaw: Thaw) -> dict:
+    def build(self, thaw: Thawing) -> dict:
         (held,) = self.args
         made = thaw(held)
         if not isinstance(made, dict):
@@ -173,7 +188,7 @@ class _FrozenDict(StandIn):
 class Ordered(StandIn):
     """`OrderedDict()`, with items set on it; before protocol 2, of a list of items."""
 
-    def build(self, thaw: Thaw) -> OrderedDict:
+    def build(self, thaw: Thawing) -> OrderedDict:
         """The dict."""
         given = self.args[0] if self.args else ()
         thaw.spend(64 * len(given))
@@ -186,7 +201,7 @@ class _Set(StandIn):
 
     kind: ClassVar[type] = set
 
-    def build(self, thaw: Thaw) -> Any:
+    def build(self, thaw: Thawing) -> Any:
         thaw.spend(64 * len(self.args[0]))
         return self.kind(map(thaw.key, self.args[0]))
 
@@ -198,7 +213,7 @@ class _Frozenset(_Set):
 class _Complex(StandIn):
     """`complex(real, imaginary)`."""
 
-    def build(self, thaw: Thaw) -> complex:
+    def build(self, thaw: Thawing) -> complex:
         real, imaginary = self.args
         return complex(float(real), float(imaginary))
 
@@ -206,7 +221,7 @@ class _Complex(StandIn):
 class _Bytearrays(StandIn):
     """`bytearray(bytes)`, before protocol 5."""
 
-    def build(self, thaw: Thaw) -> bytearray:
+    def build(self, thaw: Thawing) -> bytearray:
         data = self.args[0] if self.args else b""
         data = data.raw(thaw) if isinstance(data, Bytes) else data
         if type(data) is not bytes:
@@ -220,12 +235,12 @@ class _Tuple(StandIn):
 
     named: ClassVar[Any]
 
-    def build(self, thaw: Thaw) -> Any:
+    def build(self, thaw: Thawing) -> Any:
         if self.state is not None or self.items:
             raise OddError(f"it has a {self.named.__name__} with more than its fields")
         return self.named._make(self.fields(thaw))
 
-    def fields(self, thaw: Thaw) -> Iterable[Any]:
+    def fields(self, thaw: Thawing) -> Iterable[Any]:
         return thaw(self.args)
 
 
@@ -234,7 +249,7 @@ class _State(_Tuple):
 
     named = TrainState
 
-    def fields(self, thaw: Thaw) -> Iterable[Any]:
+    def fields(self, thaw: Thawing) -> Iterable[Any]:
         params, opt_state, *step = thaw(self.args)
         return params, opt_state, *(step or [None])
 
@@ -312,7 +327,7 @@ def optax_states() -> dict[str, Any]:
     }
 
 
-def _array(thaw: Thaw, dtype: _Dtype, shape: tuple[int, ...], data: Any, order: Any = "C") -> np.ndarray:
+def _array(thaw: Thawing, dtype: _Dtype, shape: tuple[int, ...], data: Any, order: Any = "C") -> np.ndarray:
     """An array on these bytes, in the machine's byte order; one that may be written to, where content is plain."""
     raw, kind = data.raw(thaw) if isinstance(data, Bytes) else data, dtype.dtype(thaw)
     array: np.ndarray = np.ndarray(shape, kind, raw, order=order)

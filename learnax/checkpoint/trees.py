@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from learnax.state import PyTree, TrainState, adam
-from learnax.utils import is_key, key_data, leaves_by_path, unescaped
+from learnax.step.optimizers import adam
+from learnax.step.state import TrainState
+from learnax.utils import PyTree, is_key, key_data, leaves_by_path, unescaped
 
 Names = Mapping[str, Any]
 """Leaves by their names, as `leaves_by_path` gives them."""

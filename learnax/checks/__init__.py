@@ -1,6 +1,7 @@
 """Errors at the earliest moment: what can be known to be wrong before anything is compiled.
 
-Each text names the thing, says what was expected and what came, and what to write instead.
+Each text names the thing, says what was expected and what came, and what to write instead. The room may import all that
+is below the loop; nothing below may import it.
 """
 
 from learnax.checks.arguments import check_profile as check_profile
@@ -8,9 +9,12 @@ from learnax.checks.arguments import check_sharded as check_sharded
 from learnax.checks.arguments import check_split as check_split
 from learnax.checks.arguments import checked as checked
 from learnax.checks.data import splits_of as splits_of
+from learnax.checks.model import Traced as Traced
 from learnax.checks.model import check_model as check_model
+from learnax.checks.model import tell_random as tell_random
 from learnax.checks.names import SampleMetrics as SampleMetrics
 from learnax.checks.names import check_best as check_best
 from learnax.checks.names import check_names as check_names
 from learnax.checks.resume import check_same_script as check_same_script
 from learnax.checks.resume import comparable as comparable
+from learnax.checks.settings import Settings as Settings

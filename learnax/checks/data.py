@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,37 +10,53 @@ import jax
 import numpy as np
 
 from learnax.checks.names import check_split_names
+from learnax.checks.settings import Settings
 from learnax.checks.texts import short, structure_of, what_is
 from learnax.data import FirstDatum, first_datum
 from learnax.data.batch import as_list
-from learnax.leaves import is_array
 from learnax.utils import same_structure
+from learnax.utils.leaves import is_array
+
+_logger = logging.getLogger("learnax")
 
 
-def splits_of(
-    train_dataset: Any, val_datasets: Any, batch_size: int, group: int
-) -> tuple[dict[str, Any], dict[str, FirstDatum]]:
+def splits_of(settings: Settings) -> tuple[dict[str, Any], dict[str, FirstDatum]]:
     """A run's datasets by name, checked, and the first datum of each.
 
     Args:
-        train_dataset: the dataset of `train`.
-        val_datasets: a mapping of names to datasets, a list of datasets, or None.
-        batch_size: data per batch.
-        group: training batches of one update.
+        settings: the trainer's arguments: the datasets, and how they are cut into batches.
 
     Raises:
         TypeError: not a dataset, or not validation sets.
         ValueError: an empty dataset, a training set with no full batch, names that go for the same.
     """
-    check_dataset("train", train_dataset, batch_size * group, batch_size)
+    batch_size, train_dataset = settings.batch_size, settings.train_dataset
+    validated = validation_sets(settings.val_datasets, settings.val_dataset)
+    check_dataset("train", train_dataset, batch_size * settings.accumulate_steps, batch_size)
     splits, data = {"train": train_dataset}, {"train": first_datum("train", train_dataset)}
-    named = named_splits(val_datasets, data["train"])
+    named = named_splits(None if settings.train_only else validated, data["train"])
     check_split_names(list(named))
     for name, dataset in named.items():
         check_dataset(name, dataset, 1, batch_size)
         splits[name], data[name] = dataset, first_datum(name, dataset)
         _check_no_arrays(name, dataset, data["train"])
     return splits, data
+
+
+def validation_sets(val_datasets: Any, val_dataset: Any) -> Any:
+    """The validation sets, where one alone may be given by the name that once was its.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if val_dataset is None:
+        return val_datasets
+    if val_datasets is not None:
+        raise ValueError(
+            "val_dataset and val_datasets are both given; val_datasets={'val': ...} takes all validation sets"
+        )
+    _logger.warning("val_dataset is taken as the validation set 'val'; its name is now val_datasets={'val': ...}")
+    return {"val": val_dataset}
 
 
 def named_splits(val_datasets: Any, first: FirstDatum) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from learnax.checks.texts import (
     value_lines,
     what_is,
 )
-from learnax.leaves import is_array
 from learnax.loss import KEY_NAMES, Losses, LossPipe
 from learnax.utils import PyTree
+from learnax.utils.leaves import is_array
 
 _STEPS = re.compile(r"_|(.*_)?(step|steps|iter|iters|iteration|iterations|count|counter|it)|[itkn]|_.+")
 """What a loss calls the training step: a third parameter of another name is meant for something else."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
@@ -13,22 +14,23 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from learnax.checks.losses import Seen, check_signature, watched
 from learnax.checks.optimizer import check_optimizer
+from learnax.checks.settings import Settings
 from learnax.checks.texts import names_axis, raised, structure_of, value_lines
 from learnax.data import FirstDatum
-from learnax.loss import Losses
-from learnax.state import PyTree, params_of
+from learnax.models.linen import params_of
+from learnax.models.streams import asked_streams, init_variables, lifted_streams
 from learnax.step import datum_loss, with_axis
-from learnax.streams import asked_streams, init_variables, lifted_streams
-from learnax.utils import leaves_by_path
+from learnax.utils import PyTree, leaves_by_path
 
 T = TypeVar("T")
 
 _MODES = ("train", "training", "is_training", "deterministic", "use_running_average", "eval")
 """What models call an argument that is no datum, but says how they run."""
+
+_logger = logging.getLogger("learnax")
 
 
 class Traced(NamedTuple):
@@ -36,7 +38,7 @@ class Traced(NamedTuple):
 
     Attributes:
         asked: random streams that the model draws from.
-        streams: those of them that need a key of their own, see `learnax.streams.lifted_streams`.
+        streams: those of them that need a key of their own, see `learnax.models.streams.lifted_streams`.
         metrics: their names.
         mapped: whether user code names the mapped axis `"devices"`.
         primitives: names of the JAX primitives that it is made of.
@@ -49,32 +51,24 @@ class Traced(NamedTuple):
     primitives: frozenset[str]
 
 
-def check_model(
-    model: Any,
-    losses: Losses,
-    seed: int,
-    data: Mapping[str, FirstDatum],
-    optimizer: optax.GradientTransformation | None = None,
-) -> Traced:
+def check_model(settings: Settings, data: Mapping[str, FirstDatum]) -> Traced:
     """Traces model, losses and a user's optimiser on the first datum of each split, without computing anything.
 
     Args:
-        model: the flax module.
-        losses: the losses of one datum.
-        seed: of the run.
+        settings: the trainer's arguments: model, losses, optimiser, seed.
         data: split -> its first datum; the model is initialised on that of `train`.
-        optimizer: what was given in place of Adam, or None.
 
     Raises:
         ValueError: the model, the losses or the optimiser cannot take what they get; it is in the text.
         TypeError: parameters that have no gradient; losses that return something else than they are to; an optimiser
             that asks for more than there is.
     """
+    model, losses = settings.model, settings.losses
     check_signature(losses)
     names: list[str] = []
     streams: dict[str, tuple[str, ...]] = {}
     primitives: set[str] = set()
-    key = jax.random.key(seed)
+    key = jax.random.key(settings.seed)
     first = data["train"].arguments
 
     def trace() -> jax.Array:
@@ -84,8 +78,8 @@ def check_model(
         )
         params = params_of(variables)
         _check_params(params)
-        if optimizer is not None:
-            check_optimizer(optimizer, params)
+        if not settings.own_optimizer:
+            check_optimizer(settings.optimizer, params)
         for split, (arguments, _) in data.items():
             look = functools.partial(asked_streams, model, params, arguments)
             asked, output = _model_fits(split, model, arguments, first, look)
@@ -222,3 +216,13 @@ def _layer(error: BaseException) -> str:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [frame.f_locals["self"] for frame in frames if isinstance(frame.f_locals.get("self"), nn.Module)]
     return type(modules[-1]).__name__ if modules else ""
+
+
+def tell_random(streams: Sequence[str]) -> None:
+    """Says that validation draws random numbers, and how it can do without."""
+    _logger.warning(
+        "the model draws random numbers in validation as in training, from %s: dropout, for one, is not switched off. "
+        "Where that is not meant, let each datum say which it is, [x, y, training], and the model choose: "
+        "jnp.where(training, nn.Dropout(0.5, deterministic=False)(x), x)",
+        ", ".join(map(repr, streams)),
+    )

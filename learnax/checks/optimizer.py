@@ -9,8 +9,7 @@ import jax
 import optax
 
 from learnax.checks.texts import names_axis, raised
-from learnax.state import PyTree
-from learnax.utils import leaves_by_path, same_structure
+from learnax.utils import PyTree, leaves_by_path, same_structure
 
 
 def check_optimizer(optimizer: optax.GradientTransformation, params: PyTree) -> None:

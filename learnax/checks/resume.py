@@ -7,30 +7,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from learnax.checks.arguments import check_profile
+from learnax.checks.settings import Settings
 from learnax.data import FirstDatum
-from learnax.state import PyTree
-from learnax.utils import describe, leaves_by_path
+from learnax.utils import PyTree, describe, leaves_by_path
 
 _logger = logging.getLogger("learnax")
 
 
 def comparable(
-    given: Mapping[str, Any], splits: Mapping[str, Any], data: Mapping[str, FirstDatum], state: PyTree
+    settings: Settings, splits: Mapping[str, Any], data: Mapping[str, FirstDatum], state: PyTree
 ) -> dict[str, str]:
     """What all processes of a run must have alike, in words.
 
     Args:
-        given: the trainer's arguments by name.
+        settings: the trainer's arguments.
         splits: the datasets by name.
         data: the first datum of each.
         state: the training state's shapes.
     """
+    given = settings.given
     plain = (bool, int, float, str, type(None))
     # Each process may have its own run and its own view of the devices.
     facts = {
         name: repr(value) if isinstance(value, plain) else "given"
         for name, value in given.items()
-        if name not in ("self", "run", "registry", "devices", "compilation_cache", "num_workers")
+        if name not in ("run", "registry", "devices", "compilation_cache", "num_workers")
     }
     facts |= {f"len({name})": str(len(dataset)) for name, dataset in splits.items()}
     facts |= {f"data of {name}": describe(datum.arguments) for name, datum in data.items()}

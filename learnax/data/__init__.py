@@ -1,4 +1,7 @@
-"""Datasets to batches: read here or in worker processes, stacked, laid out for the devices."""
+"""Datasets to batches: read here or in worker processes, stacked, handed to the devices.
+
+The room may import utils; it must not know models, steps or what devices there are.
+"""
 
 from learnax.data.batch import (
     Block as Block,

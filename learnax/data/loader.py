@@ -10,7 +10,7 @@ import jax
 
 from learnax.data.batch import Block, copied, signature_of, stack_batches, stack_on_host
 from learnax.data.reading import Collate, Heed, Here, Ranges, Reader, read_item
-from learnax.utils import PyTree, describe, tree_bytes
+from learnax.utils import PyTree, describe, same_structure, tree_bytes
 
 
 class Loader:
@@ -219,6 +219,15 @@ class FirstDatum(NamedTuple):
 
     arguments: list[Any]
     is_list: bool
+
+    def unwrap(self, arguments: list[Any]) -> PyTree:
+        """Arguments as the dataset gives them: a datum that is no list is one argument."""
+        return arguments if self.is_list else arguments[0]
+
+    def wrap(self, batch: PyTree) -> list[Any]:
+        """A stacked batch as arguments, whether it was given as those or as the dataset gives them."""
+        batch = copied(batch)  # devices may read it when the caller changes it
+        return batch if same_structure(batch, self.arguments) else [batch]
 
 
 def first_datum(name: str, dataset: Any) -> FirstDatum:

@@ -29,8 +29,8 @@ from learnax.data.ending import Hold, Lifeline, room_text
 from learnax.data.reading import Collate, DatasetError, Heed, error_text
 from learnax.data.sending import Classes, in_main, in_worker, to_main, to_worker
 from learnax.data.spawning import PROCESS_NAME, grain_library, keep_main_from_workers
-from learnax.leaves import NUMBERS
 from learnax.utils import Rows
+from learnax.utils.leaves import NUMBERS
 
 AHEAD = 4
 """Batches that each worker keeps ready."""

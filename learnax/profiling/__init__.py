@@ -1,1 +1,4 @@
-"""Looking inside a run. `cudart`: the CUDA profiler's start and stop."""
+"""Looking inside a run: a clock for its phases, windows of steps for profilers, what hangs.
+
+`cudart` starts and stops the CUDA profiler. The room imports no other one.
+"""

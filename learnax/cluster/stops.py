@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from learnax.processes import Processes
+from learnax.cluster.processes import Processes
 
 _TIME_UP = 1000
 """The end of the time, among the numbers of signals."""
@@ -46,6 +46,7 @@ class Stops:
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
         self._owner = os.getpid()
+        self._watching = False
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -65,6 +66,7 @@ class Stops:
         self._handlers = handlers
         for number in handlers:
             signal.signal(number, self._keep)
+        self._watching = True
         try:
             yield
         except Exception as error:
@@ -73,6 +75,7 @@ class Stops:
                 raise
             raise _leave(self._signal) from error
         finally:
+            self._watching = False
             for number, old in handlers.items():
                 signal.signal(number, old)
             if self._signal is not None and not self.at_once:
@@ -104,6 +107,11 @@ class Stops:
             raise TimeUpError(f"max_seconds={self._max_seconds:g} are over")
         self._signal = wanted
         raise _leave(wanted)
+
+    def heed(self) -> None:
+        """`check` while data are waited for; several processes agree on a dispatch to stop after, and go on here."""
+        if self._watching and self._processes.count == 1:
+            self.check()
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         # Nothing is logged here: a handler runs in the midst of anything, a write to the terminal for one.

@@ -1,54 +1,18 @@
-"""What training changes: the parameters, the optimiser's state, the step, and the place in the data."""
+"""The default optimiser, and the rates and hyperparameters that optimisers use."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from learnax.streams import init_variables
+from learnax.step.state import TrainState
+from learnax.utils import PyTree
 
-PyTree = Any
 LearningRate = float | Callable[[Any], Any]
-
-
-class TrainState(NamedTuple):
-    """The state of a run: what a step takes and gives back.
-
-    Attributes:
-        params: the model's `params` collection.
-        opt_state: the optimiser's state.
-        step: updates made so far; an update that was dropped does not count.
-    """
-
-    params: Any
-    opt_state: Any
-    step: int | jax.Array | np.integer = 0
-
-
-def as_train_state(given: Any) -> TrainState:
-    """A state from its fields in their order, or from what a checkpoint holds, a mapping with `state`."""
-    return TrainState(*(given["state"] if isinstance(given, Mapping) else given))
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a run stands in its data.
-
-    Attributes:
-        epoch: the epoch that runs, from 0.
-        batch: training batches of it that were trained on.
-        marks: length of each metric's history when the epoch began.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    marks: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def adam(learning_rate: LearningRate) -> optax.GradientTransformation:
@@ -116,41 +80,3 @@ def hyperparams(opt_state: Any) -> dict[str, Any]:
             constant = {name: value for name, value in node.hyperparams.items() if name not in node.hyperparams_states}
             found |= {f"{name}{where}": value for name, value in constant.items()}
     return found
-
-
-def key_pair(seed: int) -> tuple[jax.Array, jax.Array]:
-    """The random sequence of a run, and the key that its parameters are drawn from."""
-    seq, init = jax.random.split(jax.random.key(seed))
-    return seq, jax.random.split(init)[0]
-
-
-def init_params(model: Any, key: jax.Array, datum: list[Any]) -> PyTree:
-    """The model's fresh `params` collection; see `params_of`."""
-    return params_of(init_variables(model, key, datum))
-
-
-def params_of(variables: Mapping[str, PyTree]) -> PyTree:
-    """The `params` collection of a model's variables.
-
-    Raises:
-        ValueError: there are other collections, batch statistics for one: a step carries parameters alone.
-    """
-    others = sorted(set(variables) - {"params"})
-    if others:
-        raise ValueError(
-            f"the model has variables besides its parameters: {', '.join(others)}; a step keeps the 'params' "
-            "collection alone for now, so batch statistics and other running state are not carried from step to step. "
-            "Use layers without it, nn.LayerNorm() in place of nn.BatchNorm for instance"
-        )
-    return variables.get("params", {})
-
-
-def fresh_state(model: Any, optimizer: optax.GradientTransformation, key: jax.Array, datum: list[Any]) -> TrainState:
-    """Initialises parameters and optimiser state; pure, so that it can be compiled or traced."""
-    params = init_params(model, key, datum)
-    return strong(TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32)))
-
-
-def strong(tree: PyTree) -> PyTree:
-    """The same arrays with no weak types: a compiled program takes one type, and gives it back."""
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from learnax.leaves import NUMBERS, UnfitError, array_of, as_held, is_array, stack_numbers
+from learnax.utils.leaves import NUMBERS, UnfitError, array_of, as_held, is_array, stack_numbers
 
 PyTree = Any
 

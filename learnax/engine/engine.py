@@ -22,9 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from learnax.profiling.costs import Costs, costs_of
 from learnax.profiling.phases import Phases
-from learnax.state import PyTree
 from learnax.step import AXIS
-from learnax.utils import is_key, key_data, leaves_by_path, like_key
+from learnax.utils import PyTree, is_key, key_data, leaves_by_path, like_key
 
 _logger = logging.getLogger("learnax")
 MANY_PROGRAMS = 8
@@ -131,6 +130,11 @@ class Engine:
         self.in_flight = 0 if len(self.devices) > 1 and self.devices[0].platform == "cpu" else 2
         self.programs: dict[tuple[str, Hashable], Program] = {}
         self._scalars: dict[int, jax.Array] = {}
+
+    @property
+    def calls(self) -> int:
+        """Dispatches made so far."""
+        return sum(program.calls for program in list(self.programs.values()))
 
     @property
     def params_layout(self) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 
-from learnax.farewell import PeerError, farewell, is_of_peers, name_of, reports, store
+from learnax.cluster.farewell import PeerError, farewell, is_of_peers, name_of, reports, store
 from learnax.profiling.watchdog import looking_on
 
 F = TypeVar("F", bound=Callable[..., Any] | None)

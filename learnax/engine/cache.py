@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from learnax.names import expanded
+from learnax.utils.names import expanded
 
 _logger = logging.getLogger("learnax")
 VARIABLE = "LEARNAX_COMPILATION_CACHE"

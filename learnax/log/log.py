@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from learnax.processes import Processes
+from learnax.cluster.processes import Processes
+from learnax.log.sender import sender
 from learnax.profiling.ledger import Ledger
 from learnax.profiling.phases import Phases
-from learnax.sender import sender
 from learnax.step import NAN_DATA, Scalars
 
 _logger = logging.getLogger("learnax")
@@ -229,6 +229,10 @@ class Log:
             for name, values in self.metrics.items()
             if name.startswith("train/") and len(values) > marks.get(name, 0)
         }
+
+    def grown(self, marks: Mapping[str, int]) -> dict[str, float]:
+        """The last values of the metrics that have more than `marks` says."""
+        return {name: values[-1] for name, values in self.metrics.items() if len(values) > marks.get(name, 0)}
 
     def lengths(self) -> dict[str, int]:
         """How much there is of each metric."""

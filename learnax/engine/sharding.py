@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from learnax.packing import SMALL
-from learnax.state import PyTree
+from learnax.step.packing import SMALL
+from learnax.utils import PyTree
 
 
 def divided(shapes: PyTree, devices: int, axis_name: str) -> PyTree:

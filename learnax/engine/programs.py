@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from learnax.data import Block, arranged, signature_of
+from learnax.data import Block, FirstDatum, arranged, signature_of
 from learnax.engine import BATCHES, SAME, SPLIT, Engine, Kind, Wanted
-from learnax.state import PyTree, TrainState
 from learnax.step import AXIS, Recipe, Scalars, evaluate_many, gradients, mean_loss, train_many, update
+from learnax.step.state import TrainState
+from learnax.utils import PyTree
 
 
 class Programs:
@@ -24,10 +25,12 @@ class Programs:
         recipe: what a step is made of.
         room: steps at most in a dispatch.
         with_outputs: whether training gives the model's outputs.
+        first: the first training datum, by which data given by hand are known.
     """
 
-    def __init__(self, engine: Engine, recipe: Recipe, room: int, with_outputs: bool):
+    def __init__(self, engine: Engine, recipe: Recipe, room: int, with_outputs: bool, first: FirstDatum):
         self._engine = engine
+        self._first = first
         self._recipe = recipe
         self._train = Kind(
             "train",
@@ -77,28 +80,25 @@ class Programs:
                 wanted.append((self._evaluate, signature_of(block), self._evaluate_args(state, seq, block, 1, 1)))
         self._engine.prepare(wanted)
 
-    def loss(self, params: PyTree, keys: jax.Array, batch: list[Any], step: Any) -> tuple[jax.Array, Any]:
+    def loss(self, params: PyTree, keys: jax.Array, batch: PyTree, step: Any) -> tuple[jax.Array, Any]:
         """`learnax.step.mean_loss`, not compiled."""
-        return mean_loss(self._recipe, params, keys, batch, step)
+        return mean_loss(self._recipe, params, keys, self._first.wrap(batch), jnp.asarray(step, jnp.int32))
 
-    def grad(self, params: PyTree, keys: jax.Array, batch: list[Any], step: Any) -> tuple[PyTree, Any]:
+    def grad(self, params: PyTree, keys: jax.Array, batch: PyTree, step: Any) -> tuple[PyTree, Any]:
         """`learnax.step.gradients` under `jax.pmap`: keys, batch and results have a leading device axis."""
-        return self._pmapped_gradients(params, keys, batch, step)
+        return self._pmapped_gradients(params, keys, self._first.wrap(batch), jnp.asarray(step, jnp.int32))
 
-    def update(
-        self, key: jax.Array, state: TrainState, batch: Any, datum: list[Any]
-    ) -> tuple[TrainState, dict[str, jax.Array], Any]:
+    def update(self, key: jax.Array, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array], Any]:
         """`learnax.step.update` of a batch given by hand.
 
         Args:
             key: the batch's key, typed or raw.
             state: the state before; it stays usable.
             batch: see `learnax.data.arranged`.
-            datum: any datum, as a list.
         """
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(jnp.array(key))  # a copy: the caller may change it
-        host = arranged(batch, datum, self._recipe.batch_size, self._recipe.shards)
+        host = arranged(batch, self._first.arguments, self._recipe.batch_size, self._recipe.shards)
         data = self._engine.spread(host, SPLIT)
         owned = self._engine.own(state._replace(step=np.int32(state.step)), self._engine.layout)
         args = (owned, self._engine.put(key, SAME), data)

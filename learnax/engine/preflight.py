@@ -15,11 +15,11 @@ import numpy as np
 from learnax.checkpoint import Checkpointer
 from learnax.data import Block, Loader, Repeated
 from learnax.engine import Engine
-from learnax.plan import Plan
+from learnax.engine.plan import Plan
+from learnax.engine.programs import Programs
 from learnax.profiling.costs import Costs, amount, memory_of
-from learnax.programs import Programs
-from learnax.state import PyTree, TrainState
-from learnax.utils import key_data, leaves_by_path, tree_bytes
+from learnax.step.state import TrainState
+from learnax.utils import PyTree, key_data, leaves_by_path, tree_bytes
 
 _TIMED = 5
 """Dispatches that are timed, after one that is not."""

@@ -1,0 +1,121 @@
+"""A trainer's arguments, checked: what a run goes by."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from learnax.loss import LossPipe
+from learnax.registry import Registry
+from learnax.step import LearningRate, adam
+from learnax.utils import PyTree
+
+_SINGLE_BATCH_STEPS = 1000
+_SAFE_GRAD = 1e18
+"""A gradient clipped to no more than this has squares that are finite in float32, and Adam divides by nothing else."""
+
+
+@dataclasses.dataclass
+class Settings:
+    """A trainer's arguments; see `learnax.trainer.Trainer` for what each is.
+
+    Attributes:
+        given: the arguments as they were given.
+        own_optimizer: whether the optimiser is the default one.
+    """
+
+    model: Any
+    learning_rate: LearningRate
+    losses: LossPipe | Callable[..., Any]
+    seed: int
+    train_dataset: Any
+    num_epochs: int
+    batch_size: int
+    num_workers: int
+    max_grad: float
+    save_every: int
+    checkpoint_every: int
+    max_checkpoints: int | None
+    keep_best_checkpoint: bool
+    best_metric_name: str
+    minimize_metric: bool
+    load_checkpoint: Any
+    val_every: int | None
+    val_datasets: Mapping[str, Any] | Sequence[Any] | None
+    save_model: Callable[[PyTree], Any] | None
+    run: Any
+    registry: str | Registry | None
+    compile: bool
+    single_datum: bool
+    single_batch: bool
+    train_only: bool
+    plot_pipe: Callable[..., Any] | None
+    plot_every: int
+    plot_model: Callable[[Any], Any] | None
+    load_weights: bool
+    sample_every: int | None
+    sample_model: Callable[..., Any] | None
+    sample_params: Any
+    sample_plot: Callable[..., Any] | None
+    sample_batch_size: int | None
+    sample_metrics: Callable[..., Mapping[str, Any]] | None
+    steps_per_execution: int | str
+    accumulate_steps: int
+    optimizer: Any
+    compilation_cache: str | os.PathLike[str] | bool | None
+    max_dropped: int | None
+    max_seconds: float | None
+    devices: Sequence[jax.Device] | None
+    shard_state: bool
+    profile: str | None
+    val_dataset: Any
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    own_optimizer: bool = True
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """What a run goes by, from the arguments by name: Adam where no optimiser was given, for one."""
+        settings = cls(**given)
+        settings.given = given
+        settings.own_optimizer = settings.optimizer is None
+        if settings.own_optimizer:
+            settings.optimizer = adam(settings.learning_rate)
+        settings.train_only = settings.train_only or settings.single
+        return settings
+
+    @property
+    def single(self) -> bool:
+        """Whether every step sees the same data."""
+        return self.single_batch or self.single_datum
+
+    @property
+    def trusted(self) -> bool:
+        """Whether finite gradients and a finite rate make a finite update."""
+        return self.own_optimizer and self.max_grad <= _SAFE_GRAD
+
+    @property
+    def epoch_steps(self) -> int:
+        """Training steps in an epoch."""
+        if self.single:
+            return _SINGLE_BATCH_STEPS
+        return len(self.train_dataset) // self.batch_size // self.accumulate_steps
+
+    @property
+    def device_list(self) -> list[jax.Device]:
+        """Devices that a batch is split over."""
+        return list(self.devices or jax.devices())
+
+    def script(self) -> dict[str, Any]:
+        """What a position in the data and in the random sequence depends on."""
+        return {
+            "batch_size": int(self.batch_size),
+            "accumulate_steps": int(self.accumulate_steps),
+            "len(train_dataset)": len(self.train_dataset),
+            "single_batch": bool(self.single_batch),
+            "single_datum": bool(self.single_datum),
+            "seed": int(self.seed),
+        }

@@ -1,0 +1,102 @@
+"""The user's samples of the model, plotted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from learnax.checkpoint import Checkpointer
+from learnax.data import copied, signature_of
+from learnax.engine import SAME, Engine, Kind, Wanted
+from learnax.hooks.hook import Every, Moment, to_host
+from learnax.log.session import by_step
+from learnax.step.state import TrainState
+from learnax.utils import PyTree, tree_unstack
+from learnax.utils.names import expanded
+
+_SAMPLE_STREAM = 0x5A3
+"""Folded into the seed, so that sampling draws beside the training's random sequence."""
+
+
+class Sampler(Every):
+    """Samples the user's model on the first data of a batch, plots the samples and measures them.
+
+    Args:
+        every: steps between samplings.
+        sample_model: `(params, key, datum) -> sample`, mapped over the data.
+        sample_params: merged over the parameters, a nested mapping or None.
+        sample_plot: `(run, samples, None)`, or None.
+        sample_metrics: `(sample, datum) -> dict of scalars`, or None.
+        size: data that are sampled on.
+        seed: of the run; sampling takes nothing from its training sequence.
+        run: handed on.
+        engine: compiles the sampling.
+        unwrap: turns stacked arguments into stacked data as the dataset gives them.
+    """
+
+    def __init__(
+        self,
+        every: int | None,
+        sample_model: Callable[..., Any],
+        sample_params: Mapping[str, Any] | None,
+        sample_plot: Callable[..., Any] | None,
+        sample_metrics: Callable[..., Mapping[str, Any]] | None,
+        size: int,
+        seed: int,
+        run: Any,
+        engine: Engine,
+        unwrap: Callable[[list[Any]], PyTree],
+    ):
+        super().__init__(every)
+        self._params = engine.put(copied(dict(sample_params or {})), SAME)
+        self._plot = sample_plot
+        self._metrics = sample_metrics
+        self._size = size
+        self._run = by_step(run)
+        self._engine = engine
+        self._unwrap = unwrap
+
+        def sample(params: PyTree, over: PyTree, step: jax.Array, data: PyTree) -> tuple[PyTree]:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _SAMPLE_STREAM), step)
+            keys = jax.random.split(key, size)
+            return (jax.vmap(sample_model, in_axes=(None, 0, 0))(_merged(params, over), keys, data),)
+
+        self._kind = Kind("sample", sample, (engine.params_layout, SAME, SAME, SAME), (SAME,))
+
+    def wanted(self, state: TrainState, batch: list[Any]) -> Wanted:
+        """What to ask the engine for: the sampling of a batch, given as arguments or as their shapes."""
+        data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self._size, *leaf.shape[1:]), leaf.dtype), batch)
+        args = (state.params, self._params, state.step, self._unwrap(data))
+        return self._kind, signature_of(data), args
+
+    def __call__(self, moment: Moment) -> Mapping[str, float]:
+        """Samples once; returns the means of the samples' metrics."""
+        data = self._unwrap(jax.tree.map(lambda leaf: leaf[: self._size], moment.batch))
+        program = self._engine.program(*self.wanted(moment.state, moment.batch))
+        (stacked,) = program(moment.state.params, self._params, moment.state.step, self._engine.put(data, SAME))
+        samples = tree_unstack(to_host(stacked))
+        if self._plot is not None:
+            self._plot(self._run, samples, None)
+        if self._metrics is None:
+            return {}
+        rows = [self._metrics(sample, datum) for sample, datum in zip(samples, tree_unstack(copied(data)), strict=True)]
+        return {name: float(np.mean([np.asarray(row[name]) for row in rows])) for name in rows[0]}
+
+
+def _merged(params: Any, over: Any) -> Any:
+    if not isinstance(over, Mapping) or not isinstance(params, Mapping):
+        return over
+    return {**params, **{name: _merged(params.get(name), value) for name, value in over.items()}}
+
+
+def sample_params(given: Any) -> Mapping[str, Any] | None:
+    """Parameters to merge for sampling: a mapping as it is, a path as the checkpoints folder to read."""
+    if given is None or isinstance(given, Mapping):
+        return given
+    loaded = Checkpointer.at(expanded(given, "sample_params")).load_latest(resume=False)
+    if loaded is None:
+        raise FileNotFoundError(f"sample_params: no checkpoint in {given}; give a checkpoints folder or a mapping")
+    return loaded["state"].params

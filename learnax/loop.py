@@ -1,0 +1,164 @@
+"""A training run, from its first epoch to its last."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+
+from learnax.data import Block
+from learnax.engine.preflight import Preflight as Preflight
+from learnax.hooks import Moment, due
+from learnax.parts import Parts
+from learnax.session import Session
+from learnax.utils import PyTree
+
+_logger = logging.getLogger("learnax")
+
+
+class Loop:
+    """Trains: epochs of dispatches, cut where something is due, and what is due there.
+
+    Args:
+        parts: of the run.
+
+    Attributes:
+        session: frames what is run.
+    """
+
+    def __init__(self, parts: Parts):
+        self._parts = parts
+        self._settings, self._engine, self._phases = parts.settings, parts.engine, parts.phases
+        self._progress, self._log, self._hooks = parts.progress, parts.log, parts.hooks
+        self._programs, self._profiler = parts.programs, parts.profiler
+        self.session = Session(parts)
+
+    def run(self) -> None:
+        """Trains the epochs that are left."""
+        with self.session():
+            if self._progress.position.epoch < self._settings.num_epochs:
+                self._parts.compile()
+            else:
+                self._tell_complete()
+            params = jax.tree.leaves(self._progress.state.params)
+            self._log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
+            for epoch in range(self._progress.position.epoch, self._settings.num_epochs):
+                self.epoch(epoch)
+
+    def epoch(self, epoch: int) -> None:
+        """Trains one epoch, or what is left of the one that the run stands in, and ends it."""
+        if epoch != self._progress.position.epoch:
+            self._progress.begin_epoch(epoch)
+        with self.session():
+            self._log.begin_epoch(epoch, self._settings.num_epochs)
+            blocks = self._parts.loaders["train"].blocks(self._progress.position.batch)
+            for block in self._phases.waiting(self._phases.data, blocks):
+                self._train_block(block)
+            self._log.drain()
+            self._end_epoch(epoch)
+
+    def _train_block(self, block: Block) -> None:
+        """Trains on a block's batches, in dispatches that are cut where something is due."""
+        start, batches = block.first, self._settings.accumulate_steps
+        while start < len(block):
+            step = self._log.step_at_most
+            edge = min(self._profiler.next_due(step), self._hooks.next_due(step))
+            room = min(self._parts.plan.room, self._profiler.room(step, self._progress.position.epoch))
+            count = int(min((len(block) - start) // batches, room, edge - step))
+            outputs = self._dispatch(block, start, count)
+            start += count * batches
+            # An update that was found to be dropped puts the step back, to where another edge may be.
+            if step + count == edge or step + count != self._log.step_at_most:
+                self._between(block, start - 1, outputs)
+            self._parts.stops.check()
+
+    def _dispatch(self, block: Block, start: int, count: int) -> PyTree:
+        """Makes training steps; returns the outputs of the last, on the devices, where they are plotted."""
+        self._log.wait_for_room()
+        first = bool(self._progress.places)
+        phase = self._phases.first if first else self._phases.dispatch
+        with self._profiler.steps(self._log.step_at_most, count), phase:
+            state, seq, scalars, outputs = self._programs.train(
+                self._progress.state, self._progress.seq, block, start, count
+            )
+            self._progress.advance(state, seq, count * self._settings.accumulate_steps)
+            if first:
+                self._progress.check_first()
+        self._log.push(scalars, count, self._progress.position.epoch)
+        return outputs
+
+    def _between(self, block: Block, batch: int, outputs: PyTree) -> None:
+        """Does what is due at exactly this step.
+
+        Which step it is depends on updates that were dropped and are not known of yet. It is at most
+        `step_at_most`, so only where something is due at that one the loop waits to know.
+        """
+        at_most = self._log.step_at_most
+        if min(self._profiler.next_due(at_most - 1), self._hooks.next_due(at_most - 1)) > at_most:
+            return
+        with self._log.newest() as metrics:
+            # First the windows of a profiler end: what follows is not of the step. Then plots and samples, which may
+            # add to its metrics; then these are kept; then saves, so that a checkpoint has them.
+            self._profiler.leave(self._log.step, self._progress.position.epoch)
+            if metrics["has_nan"]:  # this update was dropped: what is due at the step before it is done already
+                return
+            step, epoch = self._log.step, self._progress.position.epoch
+            shows = due(self._hooks.shows, step)
+            moment = Moment(step, epoch, self._progress.state, metrics=metrics)
+            if shows:
+                outputs = self._engine.whole(outputs)
+                moment = dataclasses.replace(moment, batch=self._batch(block, batch), outputs=outputs)
+                self._log.flush()  # what a user's function finds logged does not depend on the speed of the run
+                with self._phases.plot:
+                    for show in shows:
+                        metrics |= show(moment)
+        with self._phases.save:
+            for save in due(self._hooks.saves, step):
+                save(moment)
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Validates where that is due, keeps the epoch's means, and does what is due after it."""
+        marks, seq = self._progress.position.marks, self._progress.seq
+        means = {"train": self._log.training_means(marks)}
+        moment = Moment(self._log.step, epoch, self._progress.state)
+        if self._parts.validation.next_due(epoch) == epoch + 1:
+            validated, seq = self._parts.validation(moment, seq)
+            means |= validated
+        # Only now that all is done: an epoch that is interrupted before validates again, on the same keys.
+        rows = self._log.keep_epoch(means)
+        moment = dataclasses.replace(moment, metrics=self._log.grown(marks))
+        self._progress.end_epoch(epoch, seq)
+        with self._phases.save:
+            for end in due(self._hooks.ends, epoch + 1):
+                end(moment)
+        for row in rows:
+            self._log.send({**row, "step": self._log.step, "epoch": epoch})
+        self._profiler.leave(self._log.step, epoch + 1)
+
+    def preflight(self) -> Preflight:
+        """Finds out what the run will take; see `Parts.preflight`.
+
+        Raises:
+            RuntimeError: the run is under way.
+        """
+        if self.session.running:
+            raise RuntimeError("preflight() is for before train(): the run is under way")
+        return self._parts.preflight()
+
+    def _batch(self, block: Block, number: int) -> list[Any]:
+        """One batch of a block on the host, those parts that other processes have read included."""
+        if not self._engine.spans:
+            return block.batch(number)
+        return self._engine.whole(jax.tree.map(lambda leaf: leaf[number % len(leaf)], block.device))
+
+    def _tell_complete(self) -> None:
+        """Says that there is nothing to train: the script may be meant for another run."""
+        _logger.warning(
+            "this run is complete: %d of %d epochs, %d steps; train() makes no step. A larger num_epochs trains on, "
+            "another run= (or load_checkpoint=None, which moves its checkpoints aside) trains anew",
+            self._progress.position.epoch,
+            self._settings.num_epochs,
+            self._log.step,
+        )

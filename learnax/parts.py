@@ -1,0 +1,282 @@
+"""The parts of a run, made from its settings in the order in which a batch meets them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from learnax import checks
+from learnax.checkpoint import Checkpointer
+from learnax.checks import Settings
+from learnax.cluster.processes import processes_of
+from learnax.cluster.stops import Stops
+from learnax.data import Loader, Repeated, tell_of_generators
+from learnax.engine import BATCHES, SAME, Engine
+from learnax.engine.accounts import ledger_of
+from learnax.engine.cache import use_cache
+from learnax.engine.plan import RESIDENT_BYTES, Plan, plan
+from learnax.engine.preflight import Flight, Preflight
+from learnax.engine.programs import Programs
+from learnax.engine.sharding import Gather, divided
+from learnax.hooks import BestSaver, Hooks, ModelSaver, Plotter, Sampler, StateSaver, Validation, sample_params
+from learnax.log import Log
+from learnax.profiling import clock
+from learnax.profiling.ledger import Ledger
+from learnax.profiling.marks import marks_for
+from learnax.profiling.phases import Phases
+from learnax.profiling.profiler import NoProfiler, Profiler, WindowProfiler
+from learnax.profiling.watchdog import Watchdog
+from learnax.progress import Origin, Progress
+from learnax.registry import Registry
+from learnax.step import AXIS, Recipe
+from learnax.utils import PyTree, tree_bytes
+
+NAME = "trainer"
+"""The folder of a run without an id, in its registry."""
+
+
+class Parts:
+    """What a run is made of. What the arguments have wrong together, or with the data, is raised when it is built.
+
+    Args:
+        settings: the trainer's arguments, checked.
+
+    Attributes:
+        phases: the clock.
+        processes: of the run: which of them this is, and what they agree on.
+        stops: what ends a run before its last step.
+        first: each split's first datum.
+        engine: compiles, and lays data out on the devices.
+        origin: the state that a run begins with.
+        plan: how many steps a dispatch makes.
+        loaders: each split's batches, on the devices.
+        programs: training, evaluation, an update by hand.
+        log: the metrics.
+        checkpointer: the run's saves; or None.
+        progress: where it stands.
+        hooks: what it does between its steps.
+        validation: what it does after some of its epochs.
+        profiler: the windows of steps that a profiler looks at.
+        watchdog: tells where a run hangs.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        windows = checks.check_profile(settings.profile)
+        marks = marks_for(windows)
+        self.phases = Phases(clock.take_import_seconds(), marks)
+        use_cache(settings.compilation_cache)
+        devices = settings.device_list
+        self.processes = processes_of(devices)
+        checks.check_split(settings.batch_size, len(devices))
+        self.stops = Stops(settings.max_seconds, self.processes)
+
+        # The data, and what the model makes of them.
+        splits, self.first = checks.splits_of(settings)
+        traced = checks.check_model(settings, self.first)
+        checks.check_names(traced.metrics, list(splits))
+
+        # The devices, and how state and batches lie on them.
+        self.engine = Engine(devices, self.phases)
+        self.engine.mapped = traced.mapped
+        self.origin = Origin(settings, self.first["train"].arguments, self.engine)
+        gather = self._divide() if settings.shard_state else None
+        self.processes.compare(
+            "arguments", lambda: checks.comparable(settings, splits, self.first, self.origin.shapes())
+        )
+        if traced.asked and len(splits) > 1:
+            checks.tell_random(traced.asked)
+        if settings.keep_best_checkpoint:
+            checks.check_best(settings.best_metric_name, traced.metrics, list(splits))
+        self.plan = self._plan(traced)
+        self.loaders = {name: self._loader(name, dataset) for name, dataset in splits.items()}
+
+        # The step, and what comes of it.
+        recipe = self._recipe(traced, gather)
+        with_outputs = settings.plot_pipe is not None
+        self.programs = Programs(self.engine, recipe, self.plan.room, with_outputs, self.first["train"])
+        self.log = self._log()
+        self.checkpointer = self._checkpointer()
+        self.progress = Progress(settings, self.origin, self.engine, self.log, self.checkpointer)
+        self.hooks = self._hooks(traced)
+        self.validation = Validation(settings, self.loaders, self.engine, self.programs, self.phases, self.stops)
+        self.profiler: Profiler = NoProfiler()
+        if windows:
+            self.profiler = WindowProfiler(windows, self._profile_folder(), self._settle, self.phases, marks)
+        self.watchdog = Watchdog(lambda: self.engine.calls, lambda: self.phases.current.name)
+
+    def compile(self) -> None:
+        """Compiles the run's programs, on the shapes of each split's first datum."""
+
+        def shapes(lead: tuple[int, ...], arguments: list[Any]) -> PyTree:
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), arguments)
+
+        size, first = self.settings.batch_size, self.first
+        blocks = {name: shapes((self.loaders[name].room, size), first[name].arguments) for name in first}
+        samplers = [show for show in self.hooks.shows if isinstance(show, Sampler)]
+        batch = shapes((size,), first["train"].arguments)
+        more = [sampler.wanted(self.progress.state, batch) for sampler in samplers]
+        self.programs.prepare(self.progress.state, self.progress.seq, blocks, more)
+
+    def preflight(self) -> Preflight:
+        """Finds out what the run will take; all stays as it was.
+
+        Raises:
+            MemoryError: the devices cannot hold the run.
+        """
+        self.compile()
+        engine, progress = self.engine, self.progress
+        batches, steps = self.settings.accumulate_steps, self.settings.epoch_steps
+        flight = Flight(engine, self.programs, self.plan, self.loaders, batches, steps)
+        # A step takes over the buffers. A host has room for a state, devices may not; but a host has not all of it
+        # where it is divided over several.
+        kept = progress.state
+        spread = engine.spans and engine.layout != SAME
+        kept = engine.own(kept, engine.layout) if spread else jax.tree.map(engine.host_copy, kept)
+        try:
+            return flight.fly(progress.state, progress.seq, progress.resume_point())
+        finally:
+            progress.state = kept
+
+    def ledger(self) -> Ledger:
+        """Where the time went so far, and what the programs cost."""
+        return ledger_of(
+            self.engine,
+            self.phases,
+            self.plan,
+            self.log.rows,
+            self.settings.num_workers,
+            self.settings.accumulate_steps,
+        )
+
+    def _divide(self) -> Gather:
+        """Lays the state out in parts; returns what gathers the parameters again."""
+        engine = self.engine
+        checks.check_sharded(engine.mapped)
+        engine.layout = divided(self.origin.shapes(), len(engine.devices), AXIS)
+        specs = jax.tree.leaves(engine.params_layout, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+        return Gather(engine.mesh, tuple(specs))
+
+    def _plan(self, traced: checks.Traced) -> Plan:
+        settings = self.settings
+        step_bytes = settings.accumulate_steps * settings.batch_size * tree_bytes(self.first["train"].arguments)
+        platform = self.engine.devices[0].platform
+        return plan(settings.steps_per_execution, platform, traced.primitives, step_bytes, settings.epoch_steps)
+
+    def _loader(self, name: str, dataset: Any) -> Loader | Repeated:
+        settings = self.settings
+        put = functools.partial(self.engine.put, spec=BATCHES)
+        rows = settings.batch_size // len(self.engine.devices)
+        first, last = self.engine.share
+        group = settings.accumulate_steps if name == "train" else 1
+        loader = Loader(
+            name,
+            dataset,
+            settings.batch_size,
+            tail=name != "train",
+            num_workers=0 if settings.single else settings.num_workers,
+            share=(first * rows, last * rows),
+            group=group,
+            room=self.plan.room * group,
+            budget=RESIDENT_BYTES,
+            put=put,
+            heed=self.stops.heed,
+        )
+        if settings.single:
+            length = settings.epoch_steps * settings.accumulate_steps
+            return Repeated(loader, length, datum=settings.single_datum, put=put)
+        tell_of_generators(name, dataset)
+        return loader
+
+    def _recipe(self, traced: checks.Traced, gather: Gather | None) -> Recipe:
+        settings = self.settings
+        return Recipe(
+            settings.model,
+            settings.losses,
+            settings.optimizer,
+            settings.learning_rate,
+            settings.max_grad,
+            settings.batch_size,
+            1 if settings.shard_state else len(self.engine.devices),
+            settings.accumulate_steps,
+            trusted=settings.trusted,
+            looped=self.plan.looped,
+            streams=traced.streams,
+            gather=gather,
+        )
+
+    def _log(self) -> Log:
+        settings = self.settings
+        return Log(
+            settings.run,
+            self.engine.in_flight,
+            settings.num_epochs * settings.epoch_steps,
+            self.phases,
+            self.processes,
+            settings.batch_size * settings.accumulate_steps,
+            settings.max_dropped,
+        )
+
+    def _checkpointer(self) -> Checkpointer | None:
+        settings, registry = self.settings, self.settings.registry
+        if registry is None:
+            return None
+        if not isinstance(registry, Registry):
+            registry = Registry(registry)
+        # Each process may have a run of its own, with an id of its own.
+        path = registry.checkpoints(NAME if settings.run is None else settings.run.id)
+        checkpointer = Checkpointer.at(
+            self.processes.from_first(str(path)),
+            processes=self.processes,
+            save_every=settings.save_every,
+            checkpoint_every=settings.checkpoint_every,
+            max_to_keep=settings.max_checkpoints,
+            keep_best=settings.keep_best_checkpoint,
+            metric_name=settings.best_metric_name,
+            minimize_metric=settings.minimize_metric,
+        )
+        checkpointer.check_free()
+        return checkpointer
+
+    def _hooks(self, traced: checks.Traced) -> Hooks:
+        settings, hooks = self.settings, Hooks()
+        voice, unwrap = self.processes.voice, self.first["train"].unwrap
+        if settings.plot_pipe is not None:
+            plot_pipe, plot_model = voice(settings.plot_pipe), voice(settings.plot_model)
+            hooks.shows.append(Plotter(settings.plot_every, plot_pipe, plot_model, settings.run, unwrap))
+        if settings.sample_model is not None and settings.sample_every is not None:
+            measure = settings.sample_metrics
+            hooks.shows.append(
+                Sampler(
+                    settings.sample_every,
+                    settings.sample_model,
+                    sample_params(settings.sample_params),
+                    voice(settings.sample_plot),
+                    measure and checks.SampleMetrics(measure, traced.metrics),
+                    settings.sample_batch_size or min(9, settings.batch_size),
+                    settings.seed,
+                    settings.run,
+                    self.engine,
+                    unwrap,
+                )
+            )
+        if settings.save_model is not None:
+            hooks.saves.append(ModelSaver(settings.save_every, voice(settings.save_model), self.engine))
+        if self.checkpointer is not None:
+            resume_point = self.progress.resume_point
+            hooks.saves.append(StateSaver(self.checkpointer, resume_point))
+            hooks.ends.append(BestSaver(self.checkpointer, settings.best_metric_name, self.log.metrics, resume_point))
+        return hooks
+
+    def _profile_folder(self) -> Path:
+        folder = Path("learnax-profile") if self.checkpointer is None else self.checkpointer.path.parent / "profile"
+        return folder / f"process-{self.processes.index}" if self.processes.count > 1 else folder
+
+    def _settle(self) -> None:
+        """Waits for all steps that were dispatched."""
+        if not self.stops.at_once:
+            jax.block_until_ready(self.progress.state)

@@ -1,0 +1,219 @@
+"""Where a run stands: its state on the devices, its random sequence, its place in the data; begun or loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from learnax import checks
+from learnax.checkpoint import Checkpointer
+from learnax.checks.settings import Settings
+from learnax.engine import SAME, Engine
+from learnax.log import Log
+from learnax.step import fresh_state, hyperparams, key_pair, with_axis, with_rate
+from learnax.step.state import TrainState, as_train_state
+from learnax.utils import PyTree
+
+_logger = logging.getLogger("learnax")
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands in its data.
+
+    Attributes:
+        epoch: the epoch that runs, from 0.
+        batch: training batches of it that were trained on.
+        marks: length of each metric's history when the epoch began.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    marks: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Origin:
+    """The state that a run begins with, the same for the same seed.
+
+    Args:
+        settings: of the run.
+        datum: the model's arguments for one datum.
+        engine: lays it out.
+    """
+
+    def __init__(self, settings: Settings, datum: list[Any], engine: Engine):
+        self._settings = settings
+        self._datum = datum
+        self._engine = engine
+
+    def state(self) -> TrainState:
+        """A fresh state, on the devices."""
+
+        def fresh(key: jax.Array, datum: list[Any]) -> TrainState:
+            make = functools.partial(fresh_state, self._settings.model, self._settings.optimizer, key, datum)
+            return with_axis(make) if self._engine.mapped else make()
+
+        # Where the state is divided, it is nowhere whole, not even at first.
+        layout = None if self._engine.layout == SAME else self._engine.shardings(self._engine.layout)
+        return jax.jit(fresh, out_shardings=layout)(key_pair(self._settings.seed)[1], self._datum)
+
+    def shapes(self) -> TrainState:
+        """Its shapes, and how it lies where it is divided."""
+        shapes: TrainState = jax.eval_shape(self.state)
+        if self._engine.layout == SAME:
+            return shapes
+        return jax.tree.map(
+            lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
+            shapes,
+            self._engine.shardings(self._engine.layout),
+        )
+
+    def hyperparams(self) -> dict[str, Any]:
+        """Those that the optimiser's fresh state keeps."""
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.shapes().params)
+        return jax.jit(lambda: hyperparams(self._settings.optimizer.init(zeros)))()
+
+
+class Progress:
+    """Where a run stands.
+
+    Args:
+        settings: of the run.
+        origin: what it begins with.
+        engine: lays the state out.
+        log: has the step, and the metrics.
+        checkpointer: has what a run goes on from; or None.
+
+    Attributes:
+        seq: the random sequence.
+        position: the place in the data.
+        places: where the state's arrays lie, until the first dispatch on it has shown which it updates in place.
+    """
+
+    def __init__(self, settings: Settings, origin: Origin, engine: Engine, log: Log, checkpointer: Checkpointer | None):
+        self._settings = settings
+        self._origin = origin
+        self._engine = engine
+        self._log = log
+        self._checkpointer = checkpointer
+        self._state: TrainState | None = None
+        self.seq = engine.put(key_pair(settings.seed)[0], SAME)
+        self.position = Position()
+        self.places: dict[str, list[int]] = {}
+
+    @property
+    def state(self) -> TrainState:
+        """The live state."""
+        assert self._state is not None
+        return self._state
+
+    @state.setter
+    def state(self, given: Any) -> None:
+        given = as_train_state(given)
+        self._state = self._engine.own(given._replace(step=np.int32(given.step)), self._engine.layout)
+        self.places = self._engine.places(self._state)
+
+    def advance(self, state: TrainState, seq: jax.Array, batches: int) -> None:
+        """Takes over what a dispatch has made of the state, from so many batches."""
+        self._state, self.seq = state, seq
+        self.position.batch += batches
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Stands at the beginning of an epoch."""
+        self.position = Position(epoch, 0, self._log.lengths())
+
+    def end_epoch(self, epoch: int, seq: jax.Array) -> None:
+        """Stands after an epoch; `seq` is the random sequence after its validation."""
+        self.seq = seq
+        self.begin_epoch(epoch + 1)
+
+    def check_first(self) -> None:
+        """Waits for the first dispatch on a state, and says which of its arrays were not updated in place."""
+        jax.block_until_ready(self._state)
+        before, self.places = self.places, {}
+        after = self._engine.places(self._state)
+        moved = [name for name in before if before[name] != after[name]]
+        if moved:
+            _logger.warning(
+                "the step did not reuse the memory of %d of the state's %d arrays, and copies them: %s",
+                len(moved),
+                len(before),
+                ", ".join([*moved[:10], *(["and others"] if len(moved) > 10 else [])]),
+            )
+
+    def begin(self, state: Any = None) -> None:
+        """Makes the state where there is none: from the checkpoint asked for, or fresh.
+
+        Args:
+            state: taken in place of the one there is, with its step; the run begins its epochs from the first.
+        """
+        if state is not None:
+            self.state = state
+            self._log.step = int(as_train_state(state).step)
+            self.begin_epoch(0)
+        if self._state is None and not self._load():
+            self.state = self._origin.state()
+
+    def resume_point(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the state, for a run to go on as if it had not stopped."""
+        return {
+            "rng": np.asarray(jax.random.key_data(self.seq)),
+            "position": dataclasses.asdict(self.position),
+            "history": self._log.metrics,
+            "script": self._settings.script(),
+        }
+
+    def _load(self) -> bool:
+        """Takes over the checkpoint that `load_checkpoint` asks for; False where there is none to take."""
+        if self._checkpointer is None:
+            return False
+        weights, loaded = self._settings.load_weights, None
+        if self._settings.load_checkpoint:
+            target = self._origin.shapes()
+            target = target._replace(opt_state=None) if weights else target
+            loaded = self._checkpointer.load(self._settings.load_checkpoint, target=target, resume=not weights)
+            if loaded is None:
+                _logger.warning("no checkpoint in %s yet: starting fresh", self._checkpointer.path)
+        self._checkpointer.leave_behind(loaded["number"] if loaded and not weights else None)
+        if loaded is None:
+            return False
+        if weights:
+            self.state = self._origin.state()._replace(params=loaded["state"].params)
+        else:
+            self._go_on(loaded["state"], loaded["step"], loaded["resume"])
+        return True
+
+    def _go_on(self, state: TrainState, step: int, resume: Any) -> None:
+        if self._settings.own_optimizer:  # only of that one the rate is sure to be the argument `learning_rate`
+            state = state._replace(opt_state=with_rate(self._settings.learning_rate, state.opt_state))
+        else:
+            self._tell_kept(state.opt_state)
+        self.state = state
+        self._log.resume(step, resume["history"] if resume else {})
+        if resume:
+            checks.check_same_script(step, resume.get("script"), self._settings.script())
+            self.position = Position(**resume["position"])
+            self.seq = self._engine.put(jax.random.wrap_key_data(jnp.asarray(resume["rng"])), SAME)
+
+    def _tell_kept(self, opt_state: PyTree) -> None:
+        """Names the hyperparameters that the script gives otherwise than the state that was read."""
+        kept = hyperparams(opt_state)
+        if not kept:
+            return
+        lines = [
+            f"{name} is {np.asarray(kept[name]):g} in the checkpoint and {np.asarray(value):g} in the script"
+            for name, value in self._origin.hyperparams().items()
+            if np.ndim(value) == 0 and name in kept and np.asarray(kept[name]) != np.asarray(value)
+        ]
+        if lines:
+            _logger.warning(
+                "the optimizer keeps hyperparameters in its state, and goes on with those of the checkpoint: %s. Put "
+                "another one into trainer.train_state.opt_state to change it",
+                "; ".join(lines),
+            )

@@ -1,0 +1,34 @@
+"""The mathematics of a run: losses, gradients, clip, guard, update, evaluation.
+
+Pure functions of one device's share of a batch. The room may import models, losses and the state; it must not know
+devices, files, clocks or the host.
+"""
+
+from learnax.step.evaluation import evaluate_many as evaluate_many
+from learnax.step.gradients import datum_loss as datum_loss
+from learnax.step.gradients import gradients as gradients
+from learnax.step.gradients import mean_loss as mean_loss
+from learnax.step.optimizers import (
+    LearningRate as LearningRate,
+)
+from learnax.step.optimizers import (
+    adam as adam,
+)
+from learnax.step.optimizers import (
+    hyperparams as hyperparams,
+)
+from learnax.step.optimizers import (
+    with_rate as with_rate,
+)
+from learnax.step.recipe import AXIS as AXIS
+from learnax.step.recipe import Recipe as Recipe
+from learnax.step.recipe import with_axis as with_axis
+from learnax.step.scalars import NAN_DATA as NAN_DATA
+from learnax.step.scalars import Scalars as Scalars
+from learnax.step.start import fresh_state as fresh_state
+from learnax.step.start import key_pair as key_pair
+from learnax.step.state import PyTree as PyTree
+from learnax.step.state import TrainState as TrainState
+from learnax.step.state import as_train_state as as_train_state
+from learnax.step.training import train_many as train_many
+from learnax.step.training import update as update

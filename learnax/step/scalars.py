@@ -1,0 +1,43 @@
+"""The scalars of steps and evaluations, packed for one transfer to the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+NAN_DATA = "nan_data"
+"""The metric that says of how many data the loss is NaN."""
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Scalars:
+    """Scalars in one array, with a name for each column: one transfer instead of many.
+
+    Attributes:
+        names: of the columns; those of an evaluation are pairs, see `evaluate`.
+        values: `(n, len(names))`, a row for each step.
+    """
+
+    names: tuple[Any, ...]
+    values: Any
+
+    @classmethod
+    def row(cls, scalars: Mapping[Any, jax.Array]) -> Scalars:
+        """One row, `values` of shape `(len(names),)`."""
+        dtype = jnp.promote_types(jnp.float32, jax.dtypes.canonicalize_dtype(float))
+        values = jnp.stack([jnp.asarray(value).astype(dtype) for value in scalars.values()])
+        return cls(tuple(scalars), values)
+
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[Any, ...]]:
+        """The array, and the names as part of the structure."""
+        return (self.values,), self.names
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[Any, ...], children: tuple[Any]) -> Scalars:
+        """The inverse."""
+        return cls(names, *children)
