@@ -106,6 +106,19 @@ def test_a_state_comes_back_as_it_was_in_its_containers(make, rate, targeted):
         adam(rate).update(loaded.params, loaded.opt_state)  # the optimiser takes it
 
 
+@pytest.mark.parametrize("targeted", [True, False], ids=["target", "no target"])
+def test_all_that_a_state_carries_comes_back(make, targeted):
+    plain = make_state(7, adam(1e-2))
+    state = plain._replace(model_state={"batch_stats": {"mean": jnp.arange(3.0)}}, ema=plain.params)
+    checkpointer = make()
+    checkpointer.save_latest(state, 7)
+    loaded = checkpointer.load_latest(target=jax.eval_shape(lambda: state) if targeted else None)["state"]
+    assert jax.tree.structure(loaded) == jax.tree.structure(state)
+    assert_trees_equal(loaded, state)
+    with pytest.raises(ValueError, match="model_state/batch_stats/mean: in the checkpoint only"):
+        checkpointer.load_latest(target=jax.eval_shape(lambda: plain))
+
+
 def test_another_optimisers_state_comes_back_in_the_targets_containers_or_as_dicts(make):
     state = make_state(1, optax.chain(optax.clip(1.0), optax.sgd(1e-2, momentum=0.9)))
     checkpointer = make()

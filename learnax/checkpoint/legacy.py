@@ -62,7 +62,7 @@ def leaves(state: TrainState, target: TrainState | None = None) -> dict[str, Any
         state: a state, as `read` gives it.
         target: the state (or its shapes) that it is to fit.
     """
-    tree: dict[str, Any] = {"params": state.params, "opt_state": state.opt_state}
+    tree: dict[str, Any] = state.trees()
     if isinstance(state.opt_state, optax.InjectHyperparamsState):
         scheduled = getattr(target and target.opt_state, "hyperparams_states", {})
         counts = {"hyperparams_states": {name: {"count": state.opt_state.count} for name in scheduled}}
@@ -83,12 +83,11 @@ def _checkpoint(held: Any, path: Path) -> dict[str, Any]:
     state = held["state"]
     if type(state) is not TrainState:
         raise ValueError(f"expected its state to be a TrainState, found a {type(state).__name__}")
-    parts = {"params": state.params, "opt_state": state.opt_state}
-    parts = jax.tree_util.tree_map_with_path(_leaf, parts)
+    parts = jax.tree_util.tree_map_with_path(_leaf, state.trees())
     step = operator.index(held["step"] if state.step is None else state.step)
     np.int32(step)  # raises on a step that none can have
     checkpoint = {
-        "state": TrainState(parts["params"], parts["opt_state"], step),
+        "state": TrainState(**{"opt_state": None, **parts, "step": step}),
         "step": operator.index(held["step"]),
         "time": float(held["time"]),
     }

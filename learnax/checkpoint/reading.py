@@ -128,7 +128,7 @@ def _read(save: Path, target: TrainState | None, *, resume: bool, blank: bool) -
                 with files.reading(save):
                     found, whole = history.blank(kept), False
     old = seals.kinds(meta) is None
-    wanted = {} if target is None else {"params": target.params, "opt_state": target.opt_state}
+    wanted = {} if target is None else target.trees()
     arrays = files.read(save, meta, divided_axes(old_names(wanted) if old else leaves_by_path(wanted)))
     with files.reading(save):
         arrays = with_keys(arrays, meta.get("keys", {}))

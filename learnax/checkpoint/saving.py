@@ -350,7 +350,7 @@ class Saver:
 
     def _own(self, state: TrainState) -> tuple[tuple[dict[str, Any], dict[str, Piece]], dict[str, str]]:
         """What this process has of a state, and which of that are pieces of arrays; of which leaves are random keys."""
-        named = leaves_by_path({"params": state.params, "opt_state": state.opt_state, "step": state.step})
+        named = leaves_by_path(state._asdict())
         leaves, kinds = without_keys(named)
         return (leaves, {}) if self._processes.count == 1 else own(leaves), kinds
 

@@ -249,9 +249,11 @@ class _State(_Tuple):
 
     named = TrainState
 
-    def fields(self, thaw: Thawing) -> Iterable[Any]:
-        params, opt_state, *step = thaw(self.args)
-        return params, opt_state, *(step or [None])
+    def build(self, thaw: Thawing) -> TrainState:
+        if self.state is not None or self.items:
+            return super().build(thaw)
+        params, opt_state, *rest = thaw(self.args)
+        return TrainState(params, opt_state, *(rest or [None]))
 
 
 KNOWN: dict[tuple[str, str], type[StandIn]] = {

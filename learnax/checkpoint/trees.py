@@ -70,14 +70,16 @@ def as_state(leaves: Names, target: TrainState | None, path: Path, *, old: bool 
     named = old_names if old else leaves_by_path
     if target is None:
         tree = nested(leaves) if old else _with_keys_as_they_were(nested(leaves))
-        params, opt_state = (tree.get(part, {}) for part in ("params", "opt_state"))
-        default = _default_opt_state(params, _below("opt_state/", leaves), named)
-        return TrainState(params, opt_state if default is None else default, int(leaves["step"]))
-    wanted = {"params": target.params}
-    if target.opt_state is not None:
-        wanted["opt_state"] = target.opt_state
+        fields = {"params": {}, "opt_state": {}} | {name: tree[name] for name in TrainState._fields if name in tree}
+        default = _default_opt_state(fields["params"], _below("opt_state/", leaves), named)
+        if default is not None:
+            fields["opt_state"] = default
+        return TrainState(**{**fields, "step": int(leaves["step"])})
+    wanted = target.trees()
     names = named(wanted)
-    saved = {name: leaf for name, leaf in leaves.items() if name.split("/")[0] in wanted}
+    # A target without an optimiser's state asks for the rest alone; what else it lacks, its model does not carry.
+    looked_at = {*wanted, *TrainState._fields} - {"step", *(["opt_state"] if target.opt_state is None else [])}
+    saved = {name: leaf for name, leaf in leaves.items() if name.split("/")[0] in looked_at}
     structure: Any = jax.tree.structure(wanted)
     differences = _differences(saved, names)
     if len(names) < structure.num_leaves:
@@ -88,7 +90,7 @@ def as_state(leaves: Names, target: TrainState | None, path: Path, *, old: bool 
             + "\n".join(f"  {line}" for line in differences[:20])
         )
     filled = jax.tree.unflatten(structure, [saved[name] for name in names])
-    return TrainState(filled["params"], filled.get("opt_state"), leaves["step"])
+    return TrainState(**{"params": None, "opt_state": None, **filled, "step": leaves["step"]})
 
 
 def _with_keys_as_they_were(tree: Any) -> Any:

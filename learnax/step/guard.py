@@ -108,7 +108,8 @@ def _guarded(
     def update(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
         _, old = carry
         updates, opt_state = _updates(recipe, packing, grads, norm, old)
-        new = TrainState(_applied(old.params, updates), opt_state, old.step + jnp.ones_like(old.step))
+        params, step = _applied(old.params, updates), old.step + jnp.ones_like(old.step)
+        new = old._replace(params=params, opt_state=opt_state, step=step)
         return jnp.asarray(False), jax.tree.map(lambda n, o: jnp.asarray(n).astype(o.dtype), new, old)
 
     return jax.lax.while_loop(lambda carry: carry[0], update, (sound, state))[1]

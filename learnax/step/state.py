@@ -18,11 +18,19 @@ class TrainState(NamedTuple):
         params: the model's `params` collection.
         opt_state: the optimiser's state.
         step: updates made so far; an update that was dropped does not count.
+        model_state: what else the model carries from step to step, batch statistics for one; or None.
+        ema: an average of the parameters; or None.
     """
 
     params: Any
     opt_state: Any
     step: int | jax.Array | np.integer = 0
+    model_state: Any = None
+    ema: Any = None
+
+    def trees(self) -> dict[str, PyTree]:
+        """The fields that are there, by name, without the step."""
+        return {name: tree for name, tree in self._asdict().items() if tree is not None and name != "step"}
 
 
 def as_train_state(given: Any) -> TrainState:
