@@ -214,7 +214,7 @@ class Checkpointer:
         saver = self._saver
         may_be_skipped = not due["best"] and (not entry.numbered or any(other.numbered for other in saver.pending))
         # How fast storage is differs between processes, and they have to save alike: they wait.
-        if may_be_skipped and self._processes.count == 1 and not saver.writer.has_room(tree_bytes(train_state)):
+        if may_be_skipped and saver.team.decides_alone and not saver.writer.has_room(tree_bytes(train_state)):
             self._skip(entry)
             return {}
         path = self._save(train_state, entry, metrics, resume)
@@ -339,7 +339,7 @@ class Checkpointer:
         """Whether a metric is better than that of the best checkpoint."""
         if math.isnan(value):
             return False
-        if self._processes.count > 1:
+        if not self._saver.team.decides_alone:
             self._saver.writer.wait()  # all know alike of what failed
         if self._learned != self._saver.failures:  # one that failed may have been the best
             self._saver.writer.wait()

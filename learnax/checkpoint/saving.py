@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
-import itertools
 import json
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from learnax.checkpoint import files, seals
+from learnax.checkpoint import files
 from learnax.checkpoint.folder import Entry, Folder
 from learnax.checkpoint.history import Grown, History
 from learnax.checkpoint.owner import Claim, LostError, OwnedError
-from learnax.checkpoint.pieces import Piece, own
-from learnax.checkpoint.snapshot import Camera, Snapshot
+from learnax.checkpoint.pieces import Piece
+from learnax.checkpoint.snapshot import Camera
+from learnax.checkpoint.together import NotTakenError, Save, team_of, why
 from learnax.checkpoint.trees import without_keys
 from learnax.checkpoint.writer import Writer
 from learnax.cluster.processes import Processes
@@ -30,41 +28,10 @@ from learnax.step.state import TrainState
 from learnax.utils import leaves_by_path, tree_bytes
 
 _logger = logging.getLogger("learnax")
-_writing = threading.Lock()
-"""Orbax writes one save of a process at a time: of two, each takes the other's files for left-overs."""
 
 
 class SaveError(RuntimeError):
     """The last save did not succeed: its step, what happened, and the newest save there is are in the text."""
-
-
-class _NotTakenError(OSError):
-    """Whether the folder is free could not be found out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Save:
-    """One save, on its way to the disk.
-
-    Attributes:
-        count: which of this saver's it is.
-        number: its name.
-        entry: what it is.
-        snapshot: the state.
-        pieces: which arrays of that are pieces of others.
-        more: further arrays.
-        histories: as long as they were.
-        meta: plain values.
-    """
-
-    count: int
-    number: int
-    entry: Entry
-    snapshot: Snapshot
-    pieces: Mapping[str, Piece]
-    more: Mapping[str, np.ndarray]
-    histories: Mapping[str, Grown]
-    meta: Mapping[str, Any]
 
 
 class Saver:
@@ -73,10 +40,11 @@ class Saver:
     Args:
         given: the folder, or a link to it.
         max_numbered: numbered saves that are kept; None for all.
-        processes: that save together.
+        processes: of the run, which save together.
 
     Attributes:
         folder: the saves.
+        team: how the processes of the run save together.
         writer: the thread that writes.
         history: the metrics' histories.
         pending: what is on its way.
@@ -84,7 +52,6 @@ class Saver:
         failures: saves that failed so far.
     """
 
-    _ids = itertools.count()
     # Of this process, whatever saves in it: two checkpointers on one folder give no number twice.
     _numbers: ClassVar[dict[Path, int]] = {}
 
@@ -98,9 +65,7 @@ class Saver:
         self.failure: SaveError | None = None
         self.failures = 0
         self._max_numbered = max_numbered
-        self._processes = processes
-        # All processes of a run build those that save together in the same order; others do not count.
-        self._id = next(Saver._ids) if processes.count > 1 else 0
+        self.team = team_of(processes)
         self._saves = self._takes = 0
         self._camera = Camera()
         self._restart: int | None = None
@@ -123,7 +88,7 @@ class Saver:
                 return str(error)
             return ""
 
-        refusal = self._processes.settle(f"saver {self._id}, whether it is free", "", look)
+        refusal = self.team.settle("whether it is free", "", look)
         if refusal:
             raise OwnedError(refusal)
 
@@ -146,7 +111,7 @@ class Saver:
         self._prepared = True
         refusal = self._take()
         if refusal:
-            self.tell(_NotTakenError(refusal), f"checkpoints cannot be saved now: {refusal}; the next save tries again")
+            self.tell(NotTakenError(refusal), f"checkpoints cannot be saved now: {refusal}; the next save tries again")
         wanted = self._camera.wanted(self._own(state)[0][0])  # now: a step may take the arrays over
 
         def job() -> None:
@@ -168,7 +133,7 @@ class Saver:
         number = self._next_number()
         path = self._path(number)
         if refusal:
-            self._fail(entry, _NotTakenError(refusal))
+            self._fail(entry, NotTakenError(refusal))
             return path
         self.writer.wait_for_room(tree_bytes(state))
         resume = resume or {}
@@ -227,7 +192,7 @@ class Saver:
             return json.dumps({"last": last})
 
         self._takes += 1
-        told = json.loads(self._processes.settle(f"saver {self._id}, taking {self._takes}", "", take))
+        told = json.loads(self.team.settle(f"taking {self._takes}", "", take))
         if "owned" in told:
             raise OwnedError(told["owned"])
         if "failed" in told:
@@ -251,24 +216,19 @@ class Saver:
         try:
             if self._lost is not None:
                 raise self._lost
-            if self._processes.count == 1:
-                meta = self._begin(save)
-                with _writing:
-                    files.write(self.folder.draft(save.number), {**save.snapshot.arrays, **save.more}, meta)
-                self.folder.commit(save.number)
-            else:
-                self._write_together(save)
+            draft = self.folder.draft(save.number)
+            self.team.write(save, draft, lambda: self._begin(save), lambda: self.folder.commit(save.number))
         except Exception as error:
             self._fail(save.entry, error)
             with contextlib.suppress(OSError, LostError):
-                if self._processes.first:
+                if self.team.first:
                     self.folder.discard(save.number)
             return
         finally:
             self.pending.remove(save.entry)
             self._camera.give_back(save.snapshot)
         self.failure = None
-        if not self._processes.first:
+        if not self.team.first:
             return
         try:
             with self.claim.changing():
@@ -298,40 +258,13 @@ class Saver:
                 self.folder.clear()
         return {**save.meta, "history": self.history.write(save.histories)}
 
-    def _write_together(self, save: Save) -> None:
-        """One save by all processes: the first one makes room, all write, and the first one gives it its name."""
-        arrays, meta, failure = save.snapshot.arrays, dict(save.meta), ""
-        sums: list[dict[str, int]] = []
-
-        def begin(told: list[str]) -> str:
-            sums.extend(map(json.loads, told))
-            return _tried(lambda: meta.update(self._begin(save)))
-
-        def commit(told: list[str]) -> str:
-            failed = [f"on process {number}: {text}" for number, text in enumerate(told) if text]
-            return json.dumps(["failed", failed[0]]) if failed else _tried(lambda: self.folder.commit(save.number))
-
-        self._agree(save, "beginning", json.dumps(seals.piece_seals(arrays, save.pieces)), begin)
-        try:
-            files.write_together(self.folder.draft(save.number), arrays, save.pieces, sums, save.more, meta)
-        except Exception as error:
-            failure = files.reason(error)  # told to the others, who would wait for this one
-        self._agree(save, "end", failure, commit)
-
-    def _agree(self, save: Save, what: str, text: str, judge: Callable[[list[str]], str]) -> None:
-        kind, why = json.loads(self._processes.settle(f"saver {self._id}, save {save.count}, {what}", text, judge))
-        if kind == "lost":
-            raise LostError(why)
-        if kind:
-            raise OSError(why)
-
     def _fail(self, entry: Entry, error: Exception) -> None:
         try:
             whole = max(self.folder.numbers(), default=None)
             newest = "there is no whole one yet" if whole is None else f"the newest whole one is {self._path(whole)}"
         except OSError as unreadable:
             newest = f"which ones there are cannot be seen: {files.reason(unreadable)}"
-        text = f"the checkpoint of step {entry.step} could not be saved: {_why(error)}; {newest}"
+        text = f"the checkpoint of step {entry.step} could not be saved: {why(error)}; {newest}"
         self.failures += 1
         self.failure = SaveError(text)
         self.failure.__cause__ = error
@@ -352,20 +285,7 @@ class Saver:
         """What this process has of a state, and which of that are pieces of arrays; of which leaves are random keys."""
         named = leaves_by_path(state._asdict())
         leaves, kinds = without_keys(named)
-        return (leaves, {}) if self._processes.count == 1 else own(leaves), kinds
-
-
-def _tried(work: Callable[[], Any]) -> str:
-    """What comes of it, as the other processes are told."""
-    try:
-        work()
-    except Exception as error:
-        return json.dumps(["lost" if isinstance(error, LostError) else "failed", f"on process 0: {_why(error)}"])
-    return json.dumps(["", ""])
-
-
-def _why(error: Exception) -> str:
-    return str(error) if isinstance(error, (OwnedError, _NotTakenError)) else files.reason(error)
+        return self.team.own(leaves), kinds
 
 
 def _first_words(error: Exception) -> str:

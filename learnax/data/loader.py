@@ -154,9 +154,14 @@ class Loader:
         )
 
     def _block(self, batches: list[list[Any]], size: int) -> Block:
-        host = stack_batches(batches, self.room)
-        device = self._put(host)
-        return Block(host, device, size, self.batch_size, signature_of(device))
+        return _stacked(batches, self.room, size, self.batch_size, self._put)
+
+
+def _stacked(batches: list[list[Any]], room: int, size: int, batch_size: int, put: Callable[[PyTree], PyTree]) -> Block:
+    """Batches of one signature as a block, with room for more, on the host and on the devices."""
+    host = stack_batches(batches, room)
+    device = put(host)
+    return Block(host, device, size, batch_size, signature_of(device))
 
 
 def _batches(blocks: Iterator[Block]) -> Iterator[list[Any]]:
@@ -194,10 +199,8 @@ class Repeated:
     def blocks(self, start: int = 0) -> Iterator[Block]:
         """The batch, from number `start` on, as one block."""
         if self._block is None:
-            host = stack_batches([self._loader.first(repeat_datum=self._datum)], 1)
-            device = self._put(host)
-            size = self._length * self._loader.batch_size
-            self._block = Block(host, device, size, self._loader.batch_size, signature_of(device))
+            batch, size = self._loader.first(repeat_datum=self._datum), self._loader.batch_size
+            self._block = _stacked([batch], 1, self._length * size, size, self._put)
         if start < self._length:
             yield dataclasses.replace(self._block, first=start)
 
