@@ -23,7 +23,6 @@ import numpy as np
 import optax
 from jax._src import xla_bridge
 
-import learnax.trainer
 from learnax.checkpoint import files, pieces
 from learnax.loss import LossPipe
 from learnax.registry import Registry
@@ -198,7 +197,7 @@ RUNS = {
 def trained(name):
     """What came of a run, and how."""
     options = {"devices": None, **RUNS[name]()}
-    with mock.patch.object(learnax.trainer, "_SINGLE_BATCH_STEPS", STEPS):
+    with mock.patch("learnax.checks.settings._SINGLE_BATCH_STEPS", STEPS):
         trainer = make_trainer(**options)
     returned = trainer.train()
     programs = trainer.engine.programs.values()

@@ -15,6 +15,8 @@ import pytest
 from learnax.engine import cache
 from tests.helpers import run_script
 
+pytestmark = pytest.mark.processes
+
 # Nothing of the tests' own cache.
 CLEAN = {"LEARNAX_COMPILATION_CACHE": None, "JAX_COMPILATION_CACHE_DIR": None}
 

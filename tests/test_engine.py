@@ -169,6 +169,7 @@ make_trainer(devices=jax.devices()[:COUNT]).train()
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_state_that_is_copied_and_not_updated_in_place_is_told_once_by_name(tmp_path, count):
     # Without a cache: XLA of jaxlib 0.10.0 has a line of its own for each program that it loads from one.

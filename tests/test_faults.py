@@ -86,6 +86,7 @@ print("left", sorted(path.name for path in trainer.checkpointer.path.iterdir()))
 """
 
 
+@pytest.mark.processes
 def test_a_disk_that_is_full_for_a_while_ends_nothing_and_is_told_of_once(tmp_path, registry_path):
     more = "trainer.hooks.saves.append(At(12, lambda: limit(-1)))"
     done = run_script(FULL.format(more=more, registry=str(registry_path)), tmp_path)
@@ -98,6 +99,7 @@ def test_a_disk_that_is_full_for_a_while_ends_nothing_and_is_told_of_once(tmp_pa
     assert re.match(r"left \['\d', '\d', 'history', 'index.json'\]", lines[-1])  # no half a save is left
 
 
+@pytest.mark.processes
 def test_a_disk_that_stays_full_leaves_the_last_good_one_and_raises_at_the_end(tmp_path, registry_path):
     done = run_script(FULL.format(more="", registry=str(registry_path)), tmp_path)
     lines = done.stdout.splitlines()
@@ -441,6 +443,7 @@ def test_a_change_that_would_spoil_the_run_is_an_error_that_names_it(changed, te
     make(load_checkpoint=True, load_weights=True, **changed)
 
 
+@pytest.mark.processes
 def test_a_change_that_does_no_harm_is_none(caplog):
     stop(step=9)
     caplog.clear()
@@ -459,6 +462,7 @@ def test_another_seed_is_told_of(caplog):
 # ---- workers
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(100)
 def test_a_worker_that_is_killed_ends_the_run_after_a_save_and_it_goes_on(registry_path):
     import multiprocessing

@@ -182,6 +182,7 @@ def test_a_run_with_validation_has_the_same_bits_by_every_way_of_its_data(count,
     assert_same_run(over, expected)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("kind", "count", "room"), [(list, 1, 16), (Streamed, 4, 4)])
 def test_worker_processes_change_no_bit(kind, count, room):
     options = {"devices": jax.devices()[:count], "steps_per_execution": room}

@@ -12,6 +12,7 @@ from learnax.registry import Registry
 from tests.helpers import MemoryRun, Streamed, assert_trees_equal, host, make_data, make_trainer
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"accumulate_steps": 2}, {"single_batch": True}])
 def test_the_trainer_is_left_as_it_was_and_trains_to_the_same_bits(devices, options, tmp_path):
     run = MemoryRun()

@@ -30,7 +30,7 @@ PATIENCE_S = 300.0
 """How long a process waits for what another one is to tell: as long as their starts may lie apart."""
 GRACE_S = 5.0
 """How long survivors of a failure wait for one another, to know who is left."""
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
