@@ -188,11 +188,11 @@ class _Paced(Trainer):
         """One epoch, when it is time, and what it took."""
         if not self.go.get():
             raise _StopError
-        waited, calls = self.phases.data.seconds, self._calls()
+        waited, calls = self.phases.data.seconds, self.engine.calls
         began, host = time.perf_counter(), time.thread_time()
         super().epoch(epoch)
         seconds, host = time.perf_counter() - began, time.thread_time() - host
-        self.done.put(Round(seconds, host, self.phases.data.seconds - waited, self._calls() - calls))
+        self.done.put(Round(seconds, host, self.phases.data.seconds - waited, self.engine.calls - calls))
 
 
 class Learnax:

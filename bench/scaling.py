@@ -63,10 +63,10 @@ class Paced(Trainer):
         """One epoch, when it is time."""
         if not sys.stdin.readline():  # whoever measures is gone, and the others of the set with it
             os._exit(1)
-        calls, began, host = self._calls(), time.perf_counter(), time.thread_time()
+        calls, began, host = self.engine.calls, time.perf_counter(), time.thread_time()
         super().epoch(epoch)
         seconds, host = time.perf_counter() - began, time.thread_time() - host
-        _answer(seconds=seconds, host=host, dispatches=self._calls() - calls)
+        _answer(seconds=seconds, host=host, dispatches=self.engine.calls - calls)
 
 
 def child(name: str, steps: int, rounds: int, index: int, count: int, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,8 +36,8 @@ class Loop:
         self._programs, self._profiler = parts.programs, parts.profiler
         self.session = Session(parts)
 
-    def run(self) -> None:
-        """Trains the epochs that are left."""
+    def run(self, train_epoch: Callable[[int], None]) -> None:
+        """Trains the epochs that are left, each by `epoch` or by what a subclass of the trainer has in its place."""
         with self.session():
             if self._progress.position.epoch < self._settings.num_epochs:
                 self._parts.compile()
@@ -45,7 +46,7 @@ class Loop:
             params = jax.tree.leaves(self._progress.state.params)
             self._log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
             for epoch in range(self._progress.position.epoch, self._settings.num_epochs):
-                self.epoch(epoch)
+                train_epoch(epoch)
 
     def epoch(self, epoch: int) -> None:
         """Trains one epoch, or what is left of the one that the run stands in, and ends it."""

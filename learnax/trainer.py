@@ -204,7 +204,7 @@ class Trainer:
             NoProgressError: the last `max_dropped` updates were all dropped.
             KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the exit status is 143 for the latter.
         """
-        self.loop.run()
+        self.loop.run(self.epoch)
         self.log.conclude(self.ledger)
         return self.run
 

@@ -527,3 +527,14 @@ def test_interrupted_training_goes_on_where_it_stopped():
     whole.train()
     assert stopped.metrics["train/loss"] == whole.metrics["train/loss"]
     assert_trees_equal(stopped.train_state.params, whole.train_state.params)
+
+
+def test_a_subclass_may_do_something_around_each_epoch():
+    class Counted(Trainer):
+        def epoch(self, epoch):
+            seen.append(epoch)
+            super().epoch(epoch)
+
+    seen = []
+    Counted(MLP(), 1e-2, LossPipe([Squared()]), 0, make_data(16), 3, 8, 0).train()
+    assert seen == [0, 1, 2]
