@@ -93,11 +93,12 @@ def rows(trainer):
 # ---- the same bits, however it is cut
 
 CELLS = [
-    *((Noisy, count, room) for count in (1, 4) for room in (1, 4, 16)),
+    (Noisy, 1, 1),
+    (Noisy, 1, 16),
+    (Noisy, 4, 4),
     (Convolution, 1, 4),
     (Convolution, 4, 16),
-    (Attention, 1, 16),
-    (Attention, 4, 4),
+    (Attention, 4, 1),
 ]
 """Model, devices, steps in a dispatch."""
 
@@ -153,22 +154,19 @@ def test_an_interrupt_on_a_list_over_its_budget_changes_no_bit(uncut, monkeypatc
     assert_same_run(trainer, expected)
 
 
-@pytest.mark.parametrize(("model", "room"), [(Noisy, 4), (Attention, 16)])
-def test_the_cadence_of_plots_changes_no_bit(model, room):
-    options = {"model": model(), "steps_per_execution": room, "plot_pipe": lambda *_: None}
+def test_the_cadence_of_plots_changes_no_bit():
+    options = {"model": Attention(), "steps_per_execution": 16, "plot_pipe": lambda *_: None}
     often, seldom = (trained(**options, plot_every=every) for every in (3, 1000))
     assert_same_run(often, seldom)
-    if room > 1:
-        assert calls(often) > calls(seldom)
+    assert calls(often) > calls(seldom)
 
 
 HELD_OUT = make_data(45, seed=6)
 """Five batches and a tail."""
 
 
-@pytest.mark.parametrize(("count", "room"), [(1, 4), (4, 16)])
-def test_a_run_with_validation_has_the_same_bits_by_every_way_of_its_data(count, room, monkeypatch):
-    options = {"devices": jax.devices()[:count], "steps_per_execution": room}
+def test_a_run_with_validation_has_the_same_bits_by_every_way_of_its_data(monkeypatch):
+    options = {"devices": jax.devices()[:4], "steps_per_execution": 4}
     lists = {"train_dataset": DATA, "val_datasets": [HELD_OUT]}
     streamed = {"train_dataset": Streamed(DATA), "val_datasets": [Streamed(HELD_OUT)]}
     expected = trained(**options, **lists)
@@ -215,17 +213,24 @@ def test_a_list_is_read_once_and_another_dataset_in_each_epoch():
 # ---- between settings
 
 
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("model", [Noisy, Convolution, Attention])
-def test_every_setting_trains_alike(model, count):
+@pytest.mark.parametrize(
+    ("model", "count", "rooms"),
+    [
+        (Noisy, 1, (1, 2, 5, "auto")),
+        (Noisy, 4, (1, 16)),
+        (Convolution, 4, ("auto", 4)),
+        (Attention, 1, (1, "auto")),
+        (Attention, 4, (1, 4)),
+    ],
+)
+def test_every_setting_trains_alike(model, count, rooms):
     seed = int(np.random.default_rng().integers(1 << 30))
     options = {"model": model(), "devices": jax.devices()[:count], "learning_rate": 1e-3, "num_epochs": 1}
     data = make_data(8 * EPOCH, seed)
-    rooms = (1, 2, 5, 16, "auto") if model is Noisy else (1, 4, "auto")
     runs = {room: trained(**options, train_dataset=data, steps_per_execution=room) for room in rooms}
-    assert runs["auto"].plan.room == (1 if model is Convolution else 16)
+    assert "auto" not in runs or runs["auto"].plan.room == (1 if model is Convolution else 16)
     for room, run in runs.items():
-        for name, values in runs[1].metrics.items():
+        for name, values in runs[rooms[0]].metrics.items():
             if "update_time" not in name:
                 said = f"{name}, {room} steps, seed {seed}"
                 np.testing.assert_allclose(run.metrics[name], values, rtol=1e-5, atol=1e-7, err_msg=said)
@@ -234,10 +239,6 @@ def test_every_setting_trains_alike(model, count):
 @pytest.mark.parametrize(
     ("room", "save_every", "dispatches"),
     [
-        (1, 1000, 19),
-        (4, 1000, 5),
-        (16, 1000, 2),
-        (19, 1000, 1),
         (500, 1000, 1),
         ("auto", 1000, 2),
         (16, 5, 5),
@@ -303,8 +304,7 @@ class Watch:
         return int(self.trainer.train_state.step)
 
 
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("bad", [[], [2, 3, 7, 16]], ids=["no update dropped", "updates dropped"])
+@pytest.mark.parametrize(("count", "bad"), [(4, []), (1, [2, 3, 7, 16])], ids=["no update dropped", "updates dropped"])
 def test_plots_samples_and_saves_come_at_exactly_their_steps(count, bad):
     data = make_data(8 * EPOCH, seed=5)
     for batch in bad:
@@ -356,7 +356,7 @@ def test_a_single_batch_or_datum_is_fused_without_copies_of_it(option, count):
     np.testing.assert_allclose(fused.metrics["train/loss"][:100], single.metrics["train/loss"][:100], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 5), (1, 45), (4, 32), (4, 45)])
+@pytest.mark.parametrize(("count", "size"), [(1, 5), (1, 45), (4, 32)])
 def test_a_fused_validation_takes_each_datum_once_and_the_same_random_numbers(count, size):
     options = {"val_datasets": [make_data(size, seed=6)], "devices": jax.devices()[:count], "learning_rate": 0.0}
     single, fused = (trained(**options, steps_per_execution=room) for room in (1, 4))

@@ -12,11 +12,18 @@ from learnax.registry import Registry
 from tests.helpers import MemoryRun, Streamed, assert_trees_equal, host, make_data, make_trainer
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"accumulate_steps": 2}, {"single_batch": True}])
-def test_the_trainer_is_left_as_it_was_and_trains_to_the_same_bits(devices, options, tmp_path):
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (1, {}),
+        pytest.param(4, {"num_workers": 1}, marks=pytest.mark.processes),
+        (2, {"accumulate_steps": 2}),
+        (4, {"single_batch": True}),
+    ],
+)
+def test_the_trainer_is_left_as_it_was_and_trains_to_the_same_bits(count, options, tmp_path):
     run = MemoryRun()
-    given = {"devices": devices, "val_datasets": [make_data(9, 1)], "num_epochs": 1, **options}
+    given = {"devices": jax.devices()[:count], "val_datasets": [make_data(9, 1)], "num_epochs": 1, **options}
     trainer = make_trainer(run=run, registry=Registry("tests", tmp_path), **given)
     before = host(trainer.train_state)
     seq = np.asarray(jax.random.key_data(trainer.rng_seq))
@@ -49,7 +56,9 @@ def test_in_the_midst_of_a_run_it_leaves_all_as_it_was(tmp_path):
     assert trainer.metrics["val/loss"] == plain.metrics["val/loss"]
 
 
-def test_the_report_says_what_it_found(devices):
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_report_says_what_it_found(count):
+    devices = jax.devices()[:count]
     data = {"train_dataset": Streamed(make_data(83)), "val_datasets": {"held out": make_data(9, 1)}}
     trainer = make_trainer(devices=devices, **data)
     report = trainer.preflight()

@@ -66,8 +66,7 @@ def on_disk(registry_path, name="checkpoints"):
 # ---- going on
 
 
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("again", ["a new trainer", "the same trainer"])
+@pytest.mark.parametrize(("count", "again"), [(1, "a new trainer"), (4, "the same trainer")])
 def test_a_run_stopped_in_mid_epoch_goes_on_as_if_it_had_not_been(count, again):
     options = {"model": Noisy(), "devices": jax.devices()[:count]}
     untouched = trained(registry=None, **options)
@@ -205,13 +204,13 @@ def test_a_checkpoint_that_was_saved_by_hand_gives_its_state_to_a_run_from_the_b
 # ---- what is loaded, and what is left
 
 
-@pytest.mark.parametrize("falsy", [None, False, 0, ""])
-def test_a_fresh_start_moves_what_was_there_aside(registry_path, falsy, caplog):
+def test_a_fresh_start_moves_what_was_there_aside(registry_path, caplog):
     trained(num_epochs=1)
     before = on_disk(registry_path).load_latest()
     with caplog.at_level(logging.WARNING, "learnax"):
-        fresh = make(load_checkpoint=falsy, seed=1, num_epochs=1)
-        assert fresh.train_state.step == 0
+        for falsy in (None, False, 0, ""):
+            fresh = make(load_checkpoint=falsy, seed=1, num_epochs=1)
+            assert fresh.train_state.step == 0, falsy
         assert not caplog.messages
         fresh.train()
     aside = registry_path / "tests" / MemoryRun.id / "checkpoints.1"

@@ -55,19 +55,21 @@ def test_arrays_are_divided_along_their_longest_axis_that_the_devices_divide():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("count", "options"),
     [
-        {},
-        {"steps_per_execution": 1},
-        {"accumulate_steps": 2},
-        {"optimizer": optax.adamw(1e-3)},
-        {"losses": LossPipe([Poisonable()])},
+        (1, {}),
+        (4, {}),
+        (4, {"steps_per_execution": 1}),
+        (2, {"accumulate_steps": 2}),
+        (4, {"optimizer": optax.adamw(1e-3)}),
+        (2, {"losses": LossPipe([Poisonable()])}),
     ],
 )
-def test_the_trajectory_is_that_of_a_whole_state(devices, options):
+def test_the_trajectory_is_that_of_a_whole_state(count, options):
     data = make_data(43)
     data[10][1][:] = 7  # poisons the second batch of `Poisonable`
-    given = {"train_dataset": data, "val_datasets": [make_data(21, 1)], "devices": devices, **options}
+    given = {"train_dataset": data, "val_datasets": [make_data(21, 1)], **options}
+    given["devices"] = jax.devices()[:count]
     plain, sharded = make_wide(**given), make_wide(shard_state=True, **given)
     for trainer in (plain, sharded):
         trainer.train()
@@ -102,7 +104,9 @@ def test_memory_per_device_falls_as_the_devices_grow_in_number():
         assert in_place == pytest.approx(wanted, rel=0.02)
 
 
-def test_parameters_are_gathered_where_the_step_needs_them_and_nothing_is_copied(devices, caplog):
+@pytest.mark.parametrize("count", [1, 4])
+def test_parameters_are_gathered_where_the_step_needs_them_and_nothing_is_copied(count, caplog):
+    devices = jax.devices()[:count]
     trainer = make_wide(shard_state=True, devices=devices, steps_per_execution=1)
     trainer.train()
     text = train_program(trainer).compiled.as_text()
@@ -145,8 +149,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     assert_trees_equal(resumed.train_state, whole.train_state)
 
 
-def test_plots_samples_and_the_model_see_whole_arrays(devices):
-    seen = []
+def test_plots_samples_and_the_model_see_whole_arrays():
+    seen, devices = [], jax.devices()[:4]
     trainer = make_wide(
         shard_state=True,
         devices=devices,
@@ -165,7 +169,8 @@ def test_plots_samples_and_the_model_see_whole_arrays(devices):
     assert trainer.metrics["train/sum"][-1] == pytest.approx(total, rel=1e-3, abs=1e-2)
 
 
-def test_an_update_by_hand_works(devices):
+def test_an_update_by_hand_works():
+    devices = jax.devices()[:4]
     trainer = make_wide(shard_state=True, devices=devices)
     plain = make_wide(devices=devices)
     key = jax.random.key(3)

@@ -319,7 +319,7 @@ def _quieten() -> None:
 class _Own(logging.Filter):
     """Lets pass what a process has to say of itself."""
 
-    _OWN = ("checkpoint", "data", "profiling", "processes")
+    _OWN = ("checkpoint", "data", "profiling", "cluster")
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether it comes from a room whose work differs between processes; names the process."""
