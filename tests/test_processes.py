@@ -117,8 +117,8 @@ def test_each_process_reads_its_rows_and_no_others(several):
 
 def test_what_stays_on_the_devices_is_of_their_own_rows(one, several):
     count = len(several)
-    kept = [name for name in ("fused", "accumulated") if name in LAYOUTS[count]]
-    for name, split, blocks in ((name, *item) for name in kept for item in one[name]["resident"].items()):
+    runs = [run for run in ("fused", "accumulated") if run in LAYOUTS[count]]
+    for name, split, blocks in ((run, *item) for run in runs for item in one[run]["resident"].items()):
         assert blocks
         held = [peer.results[name]["resident"][split] for peer in several]
         for number, (shape, _, _) in enumerate(blocks):
