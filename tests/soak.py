@@ -63,7 +63,7 @@ class Report(NamedTuple):
         lives: all that ended by a kill, a list for each run from its beginning.
         differences: "state", and the metrics, that differ from those of the untouched run.
         damaged: checkpoints that were found to be damaged.
-        fresh: seconds of a fresh start to its first step.
+        fresh: seconds of a fresh start to its first step; NaN where none was timed.
     """
 
     lives: list[list[Life]]
@@ -135,29 +135,41 @@ def kill(process: subprocess.Popen, diary: Diary, chance: random.Random, usual: 
     return None
 
 
-def soak(name: str, kills: int, chance: random.Random, scratch: Path) -> Report:
+def soak(
+    name: str,
+    options: dict,
+    kills: int,
+    chance: random.Random,
+    scratch: Path,
+    *,
+    alone: dict | None = None,
+    timed: bool = True,
+) -> Report:
     """Kills one form of a run so often, and lets it come to its end.
 
     Args:
         name: of the form.
+        options: of the form.
         kills: how often.
         chance: decides when.
         scratch: a folder.
+        alone: options of the run that is left alone, where they are others.
+        timed: whether a fresh start is timed, too.
     """
     untouched, folder, again = (scratch / f"{name}, {kind}" for kind in ("untouched", "killed", "fresh"))
     for each in (untouched, folder, again):
         each.mkdir()
     began = time.monotonic()
-    expected = finish(start(untouched, FORMS[name]), untouched)
+    expected = finish(start(untouched, alone or options), untouched)
     usual = time.monotonic() - began
-    fresh = fresh_start(again, FORMS[name])
+    fresh = fresh_start(again, options) if timed else math.nan
 
     lives: list[list[Life]] = [[]]
     differences: set[str] = set()
     while True:
         diary = Diary(folder / "diary")
         diary.clear()
-        process = start(folder, FORMS[name])
+        process = start(folder, options)
         where = kill(process, diary, chance, usual) if sum(map(len, lives)) < kills else None
         if where is not None:
             first = diary["first_step_us"]
@@ -214,7 +226,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="learnax-soak-") as scratch:
         for name in arguments.forms:
             began = time.monotonic()
-            report = reports[name] = soak(name, each, random.Random(f"{seed} {name}"), Path(scratch))
+            report = reports[name] = soak(name, FORMS[name], each, random.Random(f"{seed} {name}"), Path(scratch))
             print(f"{name}: {summary(report)} ({time.monotonic() - began:.0f} s)", flush=True)
     places = collections.Counter(life.where for report in reports.values() for lives in report.lives for life in lives)
     print("where: " + ", ".join(f"{place} {count}" for place, count in places.most_common()))

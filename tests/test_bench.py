@@ -56,12 +56,12 @@ def test_what_slows_both_of_a_pair_cancels():
 def test_the_interval_holds_the_truth_nineteen_times_in_twenty():
     rng = np.random.default_rng(1)
     held = 0
-    for trial in range(200):
+    for trial in range(80):
         above, below = rng.normal(1.2, 0.1, 30), rng.normal(1.0, 0.1, 30)
         ratio = bootstrap_ratio(above, below, paired=False, seed=trial)
         assert ratio.low <= ratio.value <= ratio.high
         held += ratio.low <= 1.2 <= ratio.high
-    assert 180 <= held <= 200
+    assert 72 <= held <= 80
 
 
 def test_the_same_samples_give_the_same_interval():
@@ -206,19 +206,26 @@ def workload(name):
     return makers("10m", quick=True)[name]()
 
 
-@pytest.mark.parametrize("name", ["mlp-128", "digits", "gpt", "nested-0"])
-def test_learnax_and_the_hand_written_loop_compute_the_same_losses(name, one_device, monkeypatch):
+# Fused loops are compared where they take little to compile.
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [("mlp-128", True), ("digits", False), ("gpt", True), ("nested-0", False)],
+    ids=["mlp-128", "digits", "gpt", "nested-0"],
+)
+def test_learnax_and_the_hand_written_loop_compute_the_same_losses(name, fused, one_device, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: one_device)
+    monkeypatch.setitem(SIZES, "small", SIZES["10m"]._replace(layers=1, width=64, context=16))
     with jax.numpy_dtype_promotion("standard"):
-        work = workload(name)
+        work = makers("small", quick=True)[name]()
         ours = Learnax(work, max_grad=UNCLIPPED, compilation_cache=False)
         params = jax.tree.map(np.array, ours.trainer.train_state.params)
-        contenders = [Hand(work, params=params)] + [Hand(work, 16, params)] * (why_not("hand-fused", work) is None)
+        contenders = [Hand(work, params=params)] + [Hand(work, 16, params)] * fused
         theirs = [hand.losses() for hand in contenders]
         ours.round()
         losses = ours.trainer.metrics["train/loss"]
         ours.close()
     assert len(losses) == work.steps
+    assert not fused or why_not("hand-fused", work) is None
     for each in theirs:
         np.testing.assert_allclose(losses[:16], each[:16], rtol=1e-4, atol=1e-4)
     assert losses[15] < losses[0]

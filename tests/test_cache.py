@@ -13,12 +13,22 @@ from pathlib import Path
 import pytest
 
 from learnax.engine import cache
+from tests.forks import Forks
 from tests.helpers import run_script
 
 pytestmark = pytest.mark.processes
 
 # Nothing of the tests' own cache.
 CLEAN = {"LEARNAX_COMPILATION_CACHE": None, "JAX_COMPILATION_CACHE_DIR": None}
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Processes that have imported all there is, and that have nothing of the tests' own cache."""
+    made = Forks("import jax, learnax.engine.cache, tests.helpers", CLEAN)
+    yield made
+    made.end()
+
 
 TRAINS = """
 import json, sys
@@ -106,68 +116,79 @@ def test_each_entry_is_looked_at_once_and_what_others_do_meanwhile_is_no_error(t
     assert (tmp_path / "checked").exists()
 
 
-def used(tmp_path, asked="", prepare="", **env):
-    """What `use_cache` says in a process of its own, and what JAX has after it."""
-    source = f"""
+USES = """
 import logging
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 import jax
 from learnax.engine.cache import use_cache
 {prepare}
-print(use_cache({asked or None}))
+print(use_cache({asked}))
 print(jax.config.jax_compilation_cache_dir)
 """
-    result = run_script(source, tmp_path, env=CLEAN | {"XDG_CACHE_HOME": str(tmp_path / "caches")} | env)
-    assert not result.stderr.startswith("Traceback")
-    return [*result.stdout.splitlines(), *[line for line in result.stderr.splitlines() if "compilation cache" in line]]
+
+
+@pytest.fixture
+def used(tmp_path, forks):
+    """What `use_cache` says in a process of its own, and what JAX has after it."""
+
+    def use(asked=None, prepare="", **env):
+        # JAX reads its own variables when it is imported.
+        run = run_script if "JAX_COMPILATION_CACHE_DIR" in env else forks.run
+        env = CLEAN | {"XDG_CACHE_HOME": str(tmp_path / "caches")} | env
+        result = run(USES.format(asked=asked, prepare=prepare), tmp_path, env=env)
+        assert "Traceback" not in result.stderr
+        lines = [line for line in result.stderr.splitlines() if "compilation cache" in line]
+        return [*result.stdout.splitlines(), *lines]
+
+    return use
 
 
 @pytest.mark.parametrize("off", ["OFF", ""])
-def test_the_variable_turns_it_off(tmp_path, off):
-    assert used(tmp_path, LEARNAX_COMPILATION_CACHE=off) == ["None", "None"]
+def test_the_variable_turns_it_off(tmp_path, used, off):
+    assert used(LEARNAX_COMPILATION_CACHE=off) == ["None", "None"]
     assert not (tmp_path / "caches").exists()
 
 
-def test_the_variable_moves_it_and_the_argument_moves_it_again(tmp_path):
+def test_the_variable_moves_it_and_the_argument_moves_it_again(tmp_path, used):
     moved, asked = tmp_path / "moved" / "deep", tmp_path / "asked"
-    assert used(tmp_path, LEARNAX_COMPILATION_CACHE=str(moved)) == [str(moved)] * 2
+    assert used(LEARNAX_COMPILATION_CACHE=str(moved)) == [str(moved)] * 2
     assert stat.S_IMODE(moved.stat().st_mode) == 0o700
-    assert used(tmp_path, "True", LEARNAX_COMPILATION_CACHE=str(moved)) == [str(moved)] * 2
-    assert used(tmp_path, repr(str(asked)), LEARNAX_COMPILATION_CACHE=str(moved)) == [str(asked)] * 2
+    assert used("True", LEARNAX_COMPILATION_CACHE=str(moved)) == [str(moved)] * 2
+    assert used(repr(str(asked)), LEARNAX_COMPILATION_CACHE=str(moved)) == [str(asked)] * 2
     assert stat.S_IMODE(asked.stat().st_mode) == 0o700
     assert not (tmp_path / "caches").exists()
 
 
-def test_home_and_variables_are_put_in(tmp_path):
+def test_home_and_variables_are_put_in(tmp_path, used):
     home = {"HOME": str(tmp_path / "home"), "SCRATCH": str(tmp_path / "scratch")}
-    assert used(tmp_path, LEARNAX_COMPILATION_CACHE="~/cache", **home) == [f"{tmp_path}/home/cache"] * 2
-    assert used(tmp_path, "'$SCRATCH/cache'", **home) == [f"{tmp_path}/scratch/cache"] * 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "scratch", "script.py"]
+    assert used(LEARNAX_COMPILATION_CACHE="~/cache", **home) == [f"{tmp_path}/home/cache"] * 2
+    assert used("'$SCRATCH/cache'", **home) == [f"{tmp_path}/scratch/cache"] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "scratch"]
 
 
-def test_false_leaves_everything_as_it_is(tmp_path):
+def test_false_leaves_everything_as_it_is(tmp_path, used):
     theirs = str(tmp_path / "theirs")
-    assert used(tmp_path, "False") == ["None", "None"]
-    assert used(tmp_path, "False", JAX_COMPILATION_CACHE_DIR=theirs) == ["None", theirs]
+    assert used("False") == ["None", "None"]
+    assert used("False", JAX_COMPILATION_CACHE_DIR=theirs) == ["None", theirs]
     assert not (tmp_path / "caches").exists()
 
 
-def test_a_cache_that_the_user_gave_to_jax_stays(tmp_path):
+def test_a_cache_that_the_user_gave_to_jax_stays(tmp_path, used):
     theirs = str(tmp_path / "theirs")
     kept = "print(jax.config.jax_persistent_cache_min_compile_time_secs)"
-    assert used(tmp_path, prepare=kept, JAX_COMPILATION_CACHE_DIR=theirs) == ["1.0", theirs, theirs]
+    assert used(prepare=kept, JAX_COMPILATION_CACHE_DIR=theirs) == ["1.0", theirs, theirs]
     configured = f"jax.config.update('jax_compilation_cache_dir', {theirs!r})"
-    assert used(tmp_path, "True", prepare=configured) == [theirs, theirs]
+    assert used("True", prepare=configured) == [theirs, theirs]
     assert not (tmp_path / "caches").exists()
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o702])
-def test_a_folder_that_others_may_write_to_is_refused(tmp_path, mode):
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path, forks, mode):
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(mode)
     source = f"from tests.helpers import make_trainer; make_trainer(compilation_cache={str(folder)!r})"
-    result = run_script(source, tmp_path, env=CLEAN, check=False)
+    result = forks.run(source, tmp_path, env=CLEAN)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
         f"PermissionError: the compilation cache {folder} must be its user's alone: it is owned by user {os.getuid()} "
@@ -177,35 +198,42 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path, mode):
     assert not list(folder.iterdir())
 
 
-def test_a_default_folder_that_others_may_write_to_is_not_used(tmp_path):
-    folder, _ = used(tmp_path)
+def test_a_default_folder_that_others_may_write_to_is_not_used(used):
+    folder, _ = used()
     os.chmod(folder, 0o777)
     line = (
         f"no compilation cache: the compilation cache {folder} must be its user's alone: it is owned by user "
         f"{os.getuid()} with mode drwxrwxrwx; cached programs are code. Choose another folder, or `chmod go-w` it"
     )
-    assert used(tmp_path) == ["None", "None", line]
+    assert used() == ["None", "None", line]
 
 
-def refused(tmp_path, folder, change=""):
+@pytest.fixture
+def refused(tmp_path, forks):
     """What is said when a folder is asked for, in a process whose user may change once all is imported."""
-    source = f"""
+
+    def ask(folder, change=""):
+        return forks.run(REFUSED.format(folder=str(folder), change=change), tmp_path, env=CLEAN).stdout
+
+    return ask
+
+
+REFUSED = """
 import os
 import learnax.engine.cache
 {change}
 try:
-    learnax.engine.cache.use_cache({str(folder)!r})
+    learnax.engine.cache.use_cache({folder!r})
 except OSError as error:
     print(type(error).__name__, error)
 """
-    return run_script(source, tmp_path, env=CLEAN).stdout
 
 
-def test_a_folder_that_cannot_be_made_is_said_where_it_was_asked_for_and_is_none_by_default(tmp_path):
+def test_a_folder_that_cannot_be_made_is_said_where_it_was_asked_for_and_is_none_by_default(tmp_path, used, refused):
     file = tmp_path / "file"
     file.write_text("")
-    assert refused(tmp_path, file / "cache") == f"NotADirectoryError [Errno 20] Not a directory: '{file / 'cache'}'\n"
-    folder, configured, line = used(tmp_path, XDG_CACHE_HOME=str(file))
+    assert refused(file / "cache") == f"NotADirectoryError [Errno 20] Not a directory: '{file / 'cache'}'\n"
+    folder, configured, line = used(XDG_CACHE_HOME=str(file))
     assert (folder, configured) == ("None", "None")
     assert line.startswith("no compilation cache: [Errno 20] Not a directory: ")
 
@@ -218,21 +246,19 @@ def elsewhere():
     shutil.rmtree(folder)
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, elsewhere):
+def test_a_folder_that_cannot_be_written_to_is_refused(refused, elsewhere):
     elsewhere.chmod(0o500)
     change = ""
     if os.getuid() == 0:  # who may write anywhere
         os.chown(elsewhere, 65534, -1)
         change = "os.setuid(65534)"
-    assert refused(tmp_path, elsewhere, change) == (
-        f"PermissionError the compilation cache {elsewhere} cannot be written to\n"
-    )
+    assert refused(elsewhere, change) == (f"PermissionError the compilation cache {elsewhere} cannot be written to\n")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_another_user_is_refused(tmp_path, elsewhere):
+def test_a_folder_of_another_user_is_refused(refused, elsewhere):
     os.chown(elsewhere, 65534, -1)
-    assert refused(tmp_path, elsewhere) == (
+    assert refused(elsewhere) == (
         f"PermissionError the compilation cache {elsewhere} must be its user's alone: it is owned by user 65534 with "
         "mode drwx------; cached programs are code. Choose another folder, or `chmod go-w` it\n"
     )
@@ -247,8 +273,8 @@ for name, width in (("one", 16), ("two", 24)):
 """
 
 
-def test_a_trainer_that_asks_for_another_folder_gets_it(tmp_path):
-    shown = run_script(TWO, tmp_path, env=CLEAN).stdout.splitlines()
+def test_a_trainer_that_asks_for_another_folder_gets_it(tmp_path, forks):
+    shown = forks.run(TWO, tmp_path, env=CLEAN).stdout.splitlines()
     assert [line.split(" ", 1)[0] for line in shown] == ["one", "two"]
     assert all("'jit_train'" in line for line in shown)
 
@@ -263,6 +289,6 @@ for asked in ("one", False, None, True, False):
 """
 
 
-def test_a_trainer_that_asks_for_none_has_none_whatever_an_earlier_one_asked_for(tmp_path):
-    shown = run_script(OFF_AGAIN, tmp_path, env=CLEAN | {"XDG_CACHE_HOME": str(tmp_path / "caches")}).stdout
+def test_a_trainer_that_asks_for_none_has_none_whatever_an_earlier_one_asked_for(tmp_path, forks):
+    shown = forks.run(OFF_AGAIN, tmp_path, env=CLEAN | {"XDG_CACHE_HOME": str(tmp_path / "caches")}).stdout
     assert shown.splitlines() == ["one", "None", "programs", "programs", "None"]

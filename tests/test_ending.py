@@ -32,29 +32,28 @@ ROOT = Path(__file__).parents[1]
 # ---- one buffer, in a worker
 
 
-def buffered(wrap, n=7):
-    x = np.zeros(2, np.float32)
+WRAPS = {
+    "stacked": lambda x, index: "text",
+    "sent on": lambda x, index: jax.numpy.float32(index),  # a worker sends it on as it is
+    "sent on, then numbers": lambda x, index: (
+        1.0 if index % 2 else np.asarray(jax.numpy.ones(()))[()] if index else jax.numpy.ones(())
+    ),
+    "sent on from the second": lambda x, index: jax.numpy.float32(index) if index % 2 else float(index),
+}
+
+
+def test_one_buffer_again_and_again_gives_each_datum_in_a_worker(make_loader):
+    x, wraps = np.zeros(2, np.float32), list(WRAPS.values())
 
     def getitem(index):
         x[:] = index
-        return [x, wrap(x, index)]
+        return [x, wraps[index // 8](x, index % 8)]
 
-    return make_dataset(getitem, n)
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda x, index: "text",
-        lambda x, index: jax.numpy.float32(index),  # a worker sends it on as it is
-        lambda x, index: 1.0 if index % 2 else np.asarray(jax.numpy.ones(()))[()] if index else jax.numpy.ones(()),
-        lambda x, index: jax.numpy.float32(index) if index % 2 else float(index),  # and this from the second on
-    ],
-    ids=["stacked", "sent on", "sent on, then numbers", "sent on from the second"],
-)
-def test_one_buffer_again_and_again_gives_each_datum_in_a_worker(wrap, make_loader):
-    loader = make_loader(buffered(wrap), 1, batch_size=4, tail=True)
-    assert [batch[0][:, 0].tolist() for batch, _ in rows(loader)] == [[0, 1, 2, 3], [4, 5, 6, 6]]
+    # Two batches of each.
+    loader = make_loader(make_dataset(getitem, 8 * len(wraps) - 1), 1, batch_size=4, tail=True)
+    found = [batch[0][:, 0].tolist() for batch, _ in rows(loader)]
+    assert found[:-1] == [[first, first + 1, first + 2, first + 3] for first in range(0, 28, 4)]
+    assert found[-1] == [28, 29, 30, 30]
 
 
 @pytest.mark.parametrize(
@@ -177,8 +176,8 @@ def test_a_file_that_is_gone_is_named_when_the_loader_is_built(replaced, mapped,
 # ---- stops while workers are waited for
 
 
-@pytest.mark.parametrize("kind", [TimeUpError, SystemExit])
-def test_a_stop_is_heeded_while_a_worker_is_waited_for(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "num_workers"), [(TimeUpError, 2), (SystemExit, 1)])
+def test_a_stop_is_heeded_while_a_worker_is_waited_for(kind, num_workers, tmp_path):
     (tmp_path / "gate").touch()
 
     def getitem(index):
@@ -193,7 +192,9 @@ def test_a_stop_is_heeded_while_a_worker_is_waited_for(kind, tmp_path):
         if (tmp_path / "read").exists() and not stopped:
             raise kind("stop")
 
-    loader = Loader("set", make_dataset(getitem), 2, tail=False, num_workers=2, put=jax.device_put, heed=heed, room=4)
+    loader = Loader(
+        "set", make_dataset(getitem), 2, tail=False, num_workers=num_workers, put=jax.device_put, heed=heed, room=4
+    )
     with pytest.raises(kind, match="stop"):
         next(loader.blocks())
     assert workers() == []
@@ -289,7 +290,7 @@ class Data:
             time.sleep(1000)  # amid a datum
         return [np.zeros(100)]
 
-loader = Loader("set", Data(), 4, tail=False, num_workers=2, put=jax.device_put)
+loader = Loader("set", Data(), 4, tail=False, num_workers=int(sys.argv[2]), put=jax.device_put)
 blocks = loader.blocks()
 if sys.argv[1] == "fork":
     next(blocks)
@@ -307,16 +308,16 @@ def alive(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc and /dev/shm are Linux's")
-@pytest.mark.parametrize("how", ["group", "fork"])
-def test_a_run_that_is_killed_leaves_no_worker_and_no_shared_memory(how, tmp_path):
+@pytest.mark.parametrize(("how", "count"), [("group", 2), ("fork", 1)])
+def test_a_run_that_is_killed_leaves_no_worker_and_no_shared_memory(how, count, tmp_path):
     (tmp_path / "victim.py").write_text(VICTIM)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
-        [sys.executable, "victim.py", how], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL,
+        [sys.executable, "victim.py", how, str(count)], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     try:
-        wait_for(lambda: len(list(tmp_path.glob("worker-*"))) == 2 and (tmp_path / "read").exists())
+        wait_for(lambda: len(list(tmp_path.glob("worker-*"))) == count and (tmp_path / "read").exists())
         pids = [int(path.name.partition("-")[2]) for path in tmp_path.glob("worker-*")]
         assert all(map(alive, pids))
         left = [path for path in SHARED.iterdir() if f"-{process.pid}-" in path.name]

@@ -188,8 +188,9 @@ def test_large_states_wait_one_at_a_time(tmp_path, monkeypatch):
 # ---- snapshots
 
 
-def test_a_save_leaves_the_state_to_be_updated_in_place(devices):
-    trainer = make(devices=devices, save_every=1, steps_per_execution=1)
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_save_leaves_the_state_to_be_updated_in_place(count):
+    trainer = make(devices=jax.devices()[:count], save_every=1, steps_per_execution=1)
     places = []
     trainer.hooks.saves.append(At(3, lambda: places.append(trainer.engine.places(trainer.train_state))))
     trainer.hooks.saves.append(At(9, lambda: places.append(trainer.engine.places(trainer.train_state))))
@@ -423,40 +424,30 @@ def test_an_old_checkpoint_that_would_run_something_is_refused(registry_path):
 # ---- another script
 
 
-@pytest.mark.parametrize(
-    ("changed", "text"),
-    [
+@pytest.mark.processes
+def test_a_change_that_spoils_the_run_is_an_error_another_seed_is_told_of_and_the_rest_is_no_matter(caplog):
+    stop(step=9)
+    for changed, text in (
         ({"batch_size": 4}, "batch_size was 8 and is 4"),
         ({"train_dataset": make_data(51)}, "len(train_dataset) was 43 and is 51"),
         ({"accumulate_steps": 2, "batch_size": 4}, "batch_size was 8 and is 4, accumulate_steps was 1 and is 2"),
         ({"single_batch": True}, "single_batch was False and is True"),
-    ],
-)
-def test_a_change_that_would_spoil_the_run_is_an_error_that_names_it(changed, text):
-    stop(step=9)
-    with pytest.raises(ValueError, match="another script") as raised:
-        make(load_checkpoint=True, **changed)
-    assert str(raised.value) == (
-        f"the checkpoint of step 8 was made by another script: {text}. From there, data would be trained on twice or "
-        "not at all: use what was, or load_weights=True to begin anew with its parameters"
-    )
-    make(load_checkpoint=True, load_weights=True, **changed)
-
-
-@pytest.mark.processes
-def test_a_change_that_does_no_harm_is_none(caplog):
-    stop(step=9)
+    ):
+        with pytest.raises(ValueError, match="another script") as raised:
+            make(load_checkpoint=True, **changed)
+        assert str(raised.value) == (
+            f"the checkpoint of step 8 was made by another script: {text}. From there, data would be trained on twice "
+            "or not at all: use what was, or load_weights=True to begin anew with its parameters"
+        )
+        make(load_checkpoint=True, load_weights=True, **changed)
+    make(load_checkpoint=True, seed=5)
+    assert caplog.messages[-1] == "seed was 0 and is 5: the run goes on with the random sequence of its checkpoint"
     caplog.clear()
+    # What does no harm, on the other hand, is not spoken of.
     trainer = make(load_checkpoint=True, num_epochs=4, num_workers=1, save_every=3, devices=jax.devices()[:2])
     trainer.train()
     assert trainer.log.step == 20
     assert not caplog.messages
-
-
-def test_another_seed_is_told_of(caplog):
-    stop(step=9)
-    make(load_checkpoint=True, seed=5)
-    assert caplog.messages[-1] == "seed was 0 and is 5: the run goes on with the random sequence of its checkpoint"
 
 
 # ---- workers

@@ -301,16 +301,23 @@ def test_a_folder_that_is_lost_in_the_midst_of_a_save_gets_none(folder, here, mo
     assert [path.name for path in folder.iterdir() if path.name.isdecimal()] == ["0"]
 
 
-@pytest.mark.parametrize("gone", ["checkpoints.owner", "checkpoints.lock", "both", "the run"])
-def test_files_that_somebody_cleans_up_are_made_again(folder, peers, here, gone):
-    mine = here()
+def test_files_that_somebody_cleans_up_are_made_again_and_a_lock_that_was_closed_is_taken_again(folder, peers, here):
+    mine, (peer,) = here(), peers()
+    record, lock = folder.with_name("checkpoints.owner"), folder.with_name("checkpoints.lock")
+    harms = {
+        "the record": record.unlink,
+        "the lock": lock.unlink,
+        "both": lambda: (record.unlink(), lock.unlink()),
+        "the run": lambda: shutil.rmtree(folder.parent),
+        "another part of the program": lock.read_bytes,  # closing it gives a POSIX lock up
+    }
     save(mine, 1)
-    for name in ("checkpoints.owner", "checkpoints.lock") if gone == "both" else (gone,):
-        shutil.rmtree(folder.parent) if gone == "the run" else folder.with_name(name).unlink()
-    save(mine, 2)
-    assert here().load_latest()["step"] == 2
-    (peer,) = peers()
-    assert f"belong to process {os.getpid()}" in peer.do("save 3")
+    for step, (what, harm) in enumerate(harms.items(), 2):
+        harm()
+        save(mine, step)
+        assert here().load_latest()["step"] == step, what
+        assert f"belong to process {os.getpid()}" in peer.do("build"), what
+        assert f"belong to process {os.getpid()}" in peer.do("save 99"), what
 
 
 def test_without_locks_a_record_that_vanished_is_written_again(folder, here, lockless):
@@ -319,15 +326,6 @@ def test_without_locks_a_record_that_vanished_is_written_again(folder, here, loc
     folder.with_name("checkpoints.owner").unlink()
     save(mine, 2)
     assert read(folder.with_name("checkpoints.owner")).pid == os.getpid()
-
-
-def test_a_lock_that_was_closed_by_another_part_of_the_program_is_taken_again(folder, peers, here):
-    mine = here()
-    save(mine, 1)
-    folder.with_name("checkpoints.lock").read_bytes()  # closing it gives a POSIX lock up
-    save(mine, 2)
-    (peer,) = peers()
-    assert f"belong to process {os.getpid()}" in peer.do("save 3")
 
 
 # ---- what a record says, with a lock and without

@@ -17,15 +17,16 @@ from learnax.cluster.processes import OneProcess
 from learnax.cluster.stops import Stops, TimeUpError
 from tests.helpers import ROOT, MemoryRun, make_data, make_trainer, run_script
 from tests.test_resume import assert_same_run, make, on_disk, trained
+from tests.victim import PHASES, Diary
 
 pytestmark = pytest.mark.processes
 
-OPTIONS = {"epochs": 30, "seconds": 1e-3, "save_every": 100_000}
-"""A run of 360 steps, whose only saves are those of its stops."""
-
 
 def start(folder, options):
-    command = [sys.executable, "-m", "tests.victim", str(folder), json.dumps(OPTIONS | options)]
+    folder.mkdir(exist_ok=True)
+    (folder / "ready").unlink(missing_ok=True)
+    # Its only saves are those of its stops.
+    command = [sys.executable, "-m", "tests.victim", str(folder), json.dumps({"save_every": 100_000} | options)]
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.get('devices', 1)}"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -34,52 +35,18 @@ def start(folder, options):
 
 
 def wait_for_step(folder, process, step):
-    from tests.victim import Diary
-
     while process.poll() is None and not ((folder / "ready").exists() and Diary(folder / "diary")["step"] >= step):
         time.sleep(0.005)
     assert process.poll() is None, process.stderr.read()
     return Diary(folder / "diary")
 
 
-def result(folder, process):
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
-    return json.loads((folder / "result.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory):
-    """Ends of runs that were left alone, by their options."""
-    known = {}
-
-    def end(options):
-        key = json.dumps(options)
-        if key not in known:
-            folder = tmp_path_factory.mktemp("untouched")
-            known[key] = result(folder, start(folder, options))
-        return known[key]
-
-    return end
-
-
-ONE_BY_ONE = {"trainer": {"steps_per_execution": 1}}
-FUSED = {"trainer": {"steps_per_execution": 16}, "devices": 4}
-
-
-@pytest.mark.parametrize(
-    ("options", "number"),
-    [
-        (ONE_BY_ONE, signal.SIGINT),
-        (FUSED, signal.SIGTERM),
-        ({"workers": 2}, signal.SIGTERM),
-        ({"workers": 2}, signal.SIGINT),
-    ],
-    ids=["one by one, SIGINT", "fused, four devices, SIGTERM", "workers, SIGTERM", "workers, SIGINT"],
-)
-def test_a_signal_saves_and_leaves_as_it_asks_and_the_run_goes_on_bit_for_bit(options, number, tmp_path, untouched):
-    process = start(tmp_path, options)
-    diary = wait_for_step(tmp_path, process, 40)
+def stop(folder, options, number, step, *, in_validation=False):
+    """Starts a run, or goes on with it, and ends it by a signal from a step on; the step that it says it saved."""
+    process = start(folder, options)
+    diary = wait_for_step(folder, process, step)
+    while in_validation and diary["phase"] != PHASES.index("validation"):
+        time.sleep(0.001)
     os.killpg(process.pid, number)  # as a terminal or a queue does: to the workers, too
     _, errors = process.communicate(timeout=100)
     assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT)
@@ -88,23 +55,44 @@ def test_a_signal_saves_and_leaves_as_it_asks_and_the_run_goes_on_bit_for_bit(op
         rf"stopped at step (\d+) by {number.name}, and saved: load_checkpoint=True goes on from here\n", errors
     )
     assert stopped, errors
-    assert int(stopped[1]) == diary["step"] >= 40
-    again = start(tmp_path, options)
-    assert result(tmp_path, again) == untouched(options)
-    assert diary["resumed"] == int(stopped[1])
+    assert int(stopped[1]) == diary["step"] >= step
+    return int(stopped[1])
 
 
-def test_a_signal_in_a_validation_saves_the_state_before_it(tmp_path, untouched):
-    options = {"seconds": 4e-3, "epochs": 3}
-    process = start(tmp_path, options)
-    diary = wait_for_step(tmp_path, process, 12)
-    while diary["phase"] != 2:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=100) == 143
-    assert "stopped at step 12 by SIGTERM" in process.communicate()[1]
-    assert result(tmp_path, start(tmp_path, options)) == untouched(options)
-    assert diary["resumed"] == 12
+def result(folder, options):
+    """What came of a run that was left alone from here on."""
+    process = start(folder, options)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    return json.loads((folder / "result.json").read_text())
+
+
+ONE_BY_ONE = {"trainer": {"steps_per_execution": 1}, "seconds": 4e-3, "epochs": 6}
+"""72 steps, 12 an epoch; a validation takes 0.1 s."""
+FUSED = {"trainer": {"steps_per_execution": 16}, "devices": 4, "workers": 1, "seconds": 1e-3, "epochs": 24}
+"""288 steps, 12 a dispatch, on four devices, of data that workers read."""
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "second", "in_validation"),
+    [
+        (ONE_BY_ONE, (signal.SIGINT, 15), (signal.SIGTERM, 36), True),
+        (FUSED, (signal.SIGTERM, 40), (signal.SIGINT, 140), False),
+    ],
+    ids=["one by one, then in a validation", "fused, four devices, workers"],
+)
+def test_a_signal_saves_and_leaves_as_it_asks_and_the_run_goes_on_bit_for_bit(
+    options, first, second, in_validation, tmp_path
+):
+    untouched, folder = tmp_path / "untouched", tmp_path / "stopped"
+    left = stop(folder, options, *first)
+    diary = Diary(folder / "diary")
+    left_again = stop(folder, options, *second, in_validation=in_validation)
+    assert diary["resumed"] == left
+    assert left_again % 12 == 0 or not in_validation  # the state before the validation
+    alone = options | {"workers": 0}  # who reads the data makes no difference
+    assert result(folder, alone) == result(untouched, alone)
+    assert diary["resumed"] == left_again
 
 
 HANGING = """
@@ -153,9 +141,13 @@ def test_a_second_signal_leaves_at_once(name, statuses, tmp_path):
     assert "saved" not in done.stderr
 
 
-def test_an_interrupted_trainer_goes_on_where_it_stopped():
-    untouched = trained(registry=None, steps_per_execution=1)
+@pytest.fixture(scope="module")
+def untouched():
+    """A run of this process, step by step, that was left alone."""
+    return trained(registry=None, steps_per_execution=1)
 
+
+def test_an_interrupted_trainer_goes_on_where_it_stopped(untouched):
     class Data(list):
         interrupts = 1
 
@@ -175,9 +167,7 @@ def test_an_interrupted_trainer_goes_on_where_it_stopped():
     assert_same_run(trainer, untouched)
 
 
-def test_the_time_limit_saves_and_returns(registry_path, caplog):
-    untouched = trained(registry=None, steps_per_execution=1)
-
+def test_the_time_limit_saves_and_returns(registry_path, caplog, untouched):
     class Slow(list):
         def __getitem__(self, index):
             time.sleep(0.05)

@@ -102,22 +102,17 @@ def assert_rows_equal(left, right):
         assert [leaf.dtype for leaf in jax.tree.leaves(batch)] == [leaf.dtype for leaf in jax.tree.leaves(other)]
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_batches_are_those_of_one_process_in_their_order_pass_after_pass(num_workers, make_loader):
+@pytest.mark.parametrize(
+    ("num_workers", "batch_size"), [(1, 2), (3, 2), (8, 8)], ids=["one", "three", "no more than batches"]
+)
+def test_batches_are_those_of_one_process_in_their_order_pass_after_pass(num_workers, batch_size, make_loader):
     dataset = Molecules(15)
-    expected = rows(make_loader(dataset, 0, tail=True))
-    loader = make_loader(dataset, num_workers, tail=True)
+    expected = rows(make_loader(dataset, 0, batch_size, tail=True))
+    loader = make_loader(dataset, num_workers, batch_size, tail=True)
     assert isinstance(expected[0][0][0], Molecule)
     for _ in range(3):
         assert_rows_equal(rows(loader), expected)
-    assert len(workers()) == num_workers
-
-
-def test_there_are_no_more_workers_than_batches(make_loader):
-    dataset = [[np.float32(i)] for i in range(4)]
-    loader = make_loader(dataset, 8)
-    assert_rows_equal(rows(loader), rows(make_loader(dataset, 0)))
-    assert len(workers()) == 2
+    assert len(workers()) == min(num_workers, len(expected))
 
 
 def test_a_worker_stacks_what_it_knows_and_sends_on_what_it_does_not(make_loader):
@@ -141,21 +136,22 @@ def test_a_worker_stacks_what_it_knows_and_sends_on_what_it_does_not(make_loader
         rows(loader)
 
 
-def test_a_worker_stacks_in_the_precision_of_this_process(make_loader):
+def test_a_worker_stacks_in_the_precision_of_this_process_and_reads_in_one_thread(make_loader):
+    dataset = make_dataset(lambda index: [np.float64(index), threading.get_ident() % 2**31], n=80)
     with jax.enable_x64(True):
-        (batch, _), *_ = rows(make_loader([[np.float64(i), i] for i in range(4)], 1))
-    assert [leaf.dtype for leaf in batch] == [np.float64, np.int64]
+        found = rows(make_loader(dataset, 1))
+    assert [leaf.dtype for leaf in found[0][0]] == [np.float64, np.int64]
+    assert len({int(thread) for (_, threads), _ in found for thread in threads}) == 1
 
 
 @pytest.mark.parametrize(
     "dataset",
     [
-        [[np.full(3, i, np.float32), i, f"datum {i}", None] for i in range(8)],
+        [[jnp.full(3, i), np.full(3, i, np.float32), i, f"datum {i}", None] for i in range(8)],
         make_dataset(lambda index: {"x": np.arange(index, index + 2), "y": (index, [float(index)])}),
-        [jnp.full(3, i) for i in range(8)],
         make_dataset(lambda index: jnp.full(3, index)),
     ],
-    ids=["list", "own class", "jax arrays in a list", "jax arrays made there"],
+    ids=["jax arrays in a list", "own class", "jax arrays made there"],
 )
 def test_any_data_come_back_as_they_are_here(dataset, make_loader):
     assert_rows_equal(rows(make_loader(dataset, 1)), rows(make_loader(dataset, 0)))
@@ -195,17 +191,11 @@ def test_data_are_of_the_very_classes_that_are_here(make_loader):
     assert_rows_equal(rows(loader), rows(make_loader([Local(np.full(2, index), "local") for index in range(8)], 0)))
 
 
-def test_a_worker_reads_in_one_thread(make_loader):
-    loader = make_loader(make_dataset(lambda index: [np.int64(threading.get_ident() % 2**31)], n=80), 1)
-    assert len({float(x) for (batch,), _ in rows(loader) for x in batch}) == 1
-
-
 def test_a_pass_may_start_and_end_anywhere(make_loader):
     dataset = [[np.float32(i)] for i in range(14)]
     expected = rows(make_loader(dataset, 0))
     loader = make_loader(dataset, 2)
     assert_rows_equal(rows(loader, start=3), expected[3:])
-    assert_rows_equal(rows(loader), expected)
     abandoned = batches(loader)
     for number in range(3):
         assert next(abandoned).host[0].tolist() == expected[number][0][0].tolist()
@@ -214,31 +204,18 @@ def test_a_pass_may_start_and_end_anywhere(make_loader):
     assert rows(loader, start=7) == []
 
 
-@pytest.fixture(scope="module")
-def train():
-    from tests.helpers import host, make_data, make_trainer
+def test_a_training_is_the_same_bit_for_bit_and_its_workers_are_gone():
+    from tests.helpers import assert_trees_equal, make_data, make_trainer
 
-    def run(num_workers):
-        trainer = make_trainer(num_workers=num_workers, val_datasets=[make_data(11, seed=1)])
+    here, there = (make_trainer(num_workers=count, val_datasets=[make_data(11, seed=1)]) for count in (0, 2))
+    for trainer in (here, there):
         trainer.train()
         assert workers() == []
-        return {name: values for name, values in trainer.metrics.items() if "time" not in name}, host(
-            trainer.train_state
-        )
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def trained_here(train):
-    return train(0)
-
-
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_a_training_is_the_same_bit_for_bit_and_its_workers_are_gone(num_workers, train, trained_here):
-    metrics, state = train(num_workers)
-    assert metrics == trained_here[0]
-    jax.tree.map(np.testing.assert_array_equal, state, trained_here[1])
+    metrics, others = (
+        {name: values for name, values in trainer.metrics.items() if "time" not in name} for trainer in (here, there)
+    )
+    assert metrics == others
+    assert_trees_equal(here.train_state, there.train_state)
 
 
 class ShapeError(Exception):
@@ -293,7 +270,7 @@ def test_a_dataset_that_raises_ends_the_training_and_its_workers():
         def __getitem__(self, index):
             return super().__getitem__(index if index != 21 else 99)
 
-    trainer = make_trainer(train_dataset=Broken(make_data(43)), num_workers=2)
+    trainer = make_trainer(train_dataset=Broken(make_data(43)), num_workers=1)
     with pytest.raises(
         DatasetError, match=r"^dataset 'train' raised at index 21: IndexError: list index out of range$"
     ):
@@ -302,14 +279,14 @@ def test_a_dataset_that_raises_ends_the_training_and_its_workers():
     assert workers() == []
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_a_worker_that_ends_is_told_of(code, make_loader):
+@pytest.mark.parametrize(("code", "at", "num_workers"), [(0, 4, 2), (3, 0, 1)])
+def test_a_worker_that_ends_is_told_of(code, at, num_workers, make_loader):
     def getitem(index):
-        if index == 4:
+        if index == at:
             os._exit(code)
         return [np.float32(index)]
 
-    loader = make_loader(make_dataset(getitem), 2)
+    loader = make_loader(make_dataset(getitem), num_workers)
     with pytest.raises(WorkerError) as caught:
         rows(loader)
     assert re.fullmatch(
@@ -446,20 +423,12 @@ def test_a_file_opened_at_first_use_is_a_way_out(tmp_path, make_loader):
     assert_rows_equal(rows(make_loader(dataset, 1)), expected)
 
 
-SCRIPT = """
+PAIRS = """
 import dataclasses
-import sys
-import threading
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from learnax.loss import LossFunction, LossPipe
-from learnax.trainer import Trainer
-
-print("the script runs")
 SCALE = 2.0
 
 
@@ -492,6 +461,16 @@ def make_pair(index):
     return rng.normal(size=4).astype(np.float32), rng.normal(size=2).astype(np.float32)
 
 
+print("the script runs")
+"""
+TRAINS = """
+import flax.linen as nn
+import jax.numpy as jnp
+
+from learnax.loss import LossFunction, LossPipe
+from learnax.trainer import Trainer
+
+
 class Model(nn.Module):
     @nn.compact
     def __call__(self, pair):
@@ -503,19 +482,28 @@ class Distance(LossFunction):
         return output, jnp.mean((output - batch[0].y) ** 2), {}
 
 
-for num_workers in (2, 0):
+for num_workers in (1, 0):
     trainer = Trainer(Model(), 1e-2, LossPipe([Distance()]), 0, Pairs(), 2, 8, num_workers, val_datasets=[Pairs()])
     trainer.train()
-    print("loss", num_workers, trainer.metrics["train/loss"][-1], trainer.metrics["val/loss"][-1])
+    print("read", num_workers, trainer.metrics["train/loss"][-1], trainer.metrics["val/loss"][-1])
+"""
+READS = """
+from learnax.data import Loader
+
+for num_workers in (1, 0):
+    loader = Loader("set", Pairs(), 8, tail=False, num_workers=num_workers, put=jax.device_put)
+    pairs = [pair for block in loader.blocks() for pair in block.host]
+    print("read", num_workers, [(float(pair.x.sum()), float(pair.y.sum())) for pair in pairs])
+    loader.close()
 """
 
 
 def check_output(result):
-    first, two, none = result.stdout.splitlines()
+    first, there, here = result.stdout.splitlines()
     assert first == "the script runs"
-    assert two.split()[:2] == ["loss", "2"]
-    assert none.split()[:2] == ["loss", "0"]
-    assert two.split()[2:] == none.split()[2:]
+    assert there.split()[:2] == ["read", "1"]
+    assert here.split()[:2] == ["read", "0"]
+    assert there.split()[2:] == here.split()[2:]
     assert "Traceback" not in result.stderr
     assert "leaked" not in result.stderr
 
@@ -523,9 +511,9 @@ def check_output(result):
 def test_a_script_without_a_main_guard_runs_once_and_imports_its_neighbours(tmp_path):
     from tests.helpers import run_script
 
-    begin, end = SCRIPT.index("def make_pair"), SCRIPT.index("class Model")
-    (tmp_path / "neighbour.py").write_text(f"import numpy as np\n\n\n{SCRIPT[begin:end]}")
-    source = SCRIPT[:begin] + SCRIPT[end:]
+    begin, end = PAIRS.index("def make_pair"), PAIRS.index("print")
+    (tmp_path / "neighbour.py").write_text(f"import numpy as np\n\n\n{PAIRS[begin:end]}")
+    source = PAIRS[:begin] + PAIRS[end:] + TRAINS
     check_output(run_script(source.replace("SCALE =", "from neighbour import make_pair\n\nSCALE ="), tmp_path))
 
 
@@ -533,7 +521,8 @@ def test_a_script_without_a_main_guard_runs_once_and_imports_its_neighbours(tmp_
 def test_a_program_without_a_file_runs_once(how, tmp_path):
     from tests.helpers import ROOT
 
-    command, text = ([sys.executable, "-c", SCRIPT], None) if how == "-c" else ([sys.executable, "-"], SCRIPT)
+    source = PAIRS + READS
+    command, text = ([sys.executable, "-c", source], None) if how == "-c" else ([sys.executable, "-"], source)
     result = subprocess.run(
         command,
         input=text,
@@ -626,7 +615,7 @@ import numpy as np
 
 from learnax.data import Loader
 
-loader = Loader("set", [[np.ones(2)]] * 40, 2, tail=False, num_workers=2, put=jax.device_put)
+loader = Loader("set", [[np.ones(2)]] * 40, 2, tail=False, num_workers=1, put=jax.device_put)
 print(next(iter(loader))[0].tolist())
 """,
         tmp_path,
