@@ -356,7 +356,7 @@ def test_a_single_batch_or_datum_is_fused_without_copies_of_it(option, count):
     np.testing.assert_allclose(fused.metrics["train/loss"][:100], single.metrics["train/loss"][:100], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 5), (1, 45), (4, 32)])
+@pytest.mark.parametrize(("count", "size"), [(1, 5), (1, 32), (4, 45)])
 def test_a_fused_validation_takes_each_datum_once_and_the_same_random_numbers(count, size):
     options = {"val_datasets": [make_data(size, seed=6)], "devices": jax.devices()[:count], "learning_rate": 0.0}
     single, fused = (trained(**options, steps_per_execution=room) for room in (1, 4))

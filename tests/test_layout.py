@@ -1,6 +1,7 @@
 """The rooms: imports point downward only, and importing learnax costs little."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import learnax
+from docs import draw
 from tests.helpers import ROOT, run_script
 
 PACKAGE = Path(learnax.__file__).parent
@@ -79,6 +81,21 @@ def test_each_room_says_what_it_is_for_and_what_it_must_not_know():
         words = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
         assert "may import" in words or "imports no other" in words, folder.name
     assert len([path for path in PACKAGE.iterdir() if path.suffix == ".py"]) <= 10
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_code():
+    assert draw.PICTURE.read_text() == draw.picture(), "run python docs/draw.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_pages_name_files_that_there_are(page):
+    text = (ROOT / page).read_text()
+    names = re.findall(r"`([a-z_]+/[a-z_]+\.py)`", text)
+    assert page != "docs/architecture.md" or len(names) > 10
+    for name in names:
+        assert (PACKAGE / name).is_file() or (ROOT / name).is_file(), f"{page} names {name}"
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
 
 
 def length(node):

@@ -102,7 +102,7 @@ def test_initialisation_is_that_of_the_seed():
     assert trainer.train_state is state
     assert isinstance(state, TrainState)
     assert int(state.step) == 0
-    assert TrainState(1, 2) == (1, 2, 0)
+    assert TrainState(1, 2) == (1, 2, 0, None, None)
 
 
 def test_seeds_differ():
