@@ -11,7 +11,7 @@ import jax
 
 from learnax.data import Block
 from learnax.engine.preflight import Preflight as Preflight
-from learnax.hooks import Moment, due
+from learnax.hooks import Hook, Moment, due
 from learnax.parts import Parts
 from learnax.session import Session
 from learnax.utils import PyTree
@@ -115,9 +115,7 @@ class Loop:
                 with self._phases.plot:
                     for show in shows:
                         metrics |= show(moment)
-        with self._phases.save:
-            for save in due(self._hooks.saves, step):
-                save(moment)
+        self._save(due(self._hooks.saves, step), moment)
 
     def _end_epoch(self, epoch: int) -> None:
         """Validates where that is due, keeps the epoch's means, and does what is due after it."""
@@ -131,12 +129,16 @@ class Loop:
         rows = self._log.keep_epoch(means)
         moment = dataclasses.replace(moment, metrics=self._log.grown(marks))
         self._progress.end_epoch(epoch, seq)
-        with self._phases.save:
-            for end in due(self._hooks.ends, epoch + 1):
-                end(moment)
+        self._save(due(self._hooks.ends, epoch + 1), moment)
         for row in rows:
             self._log.send({**row, "step": self._log.step, "epoch": epoch})
         self._profiler.leave(self._log.step, epoch + 1)
+
+    def _save(self, hooks: list[Hook], moment: Moment) -> None:
+        if hooks:
+            with self._phases.save:
+                for hook in hooks:
+                    hook(moment)
 
     def preflight(self) -> Preflight:
         """Finds out what the run will take; see `Parts.preflight`.

@@ -60,7 +60,10 @@ def main(folder, options):
     from learnax.checkpoint import files
     from learnax.checkpoint.folder import Folder
     from learnax.checkpoint.history import History
+    from learnax.hooks import Validation
+    from learnax.loop import Loop
     from learnax.loss import LossPipe
+    from learnax.progress import Progress
     from learnax.trainer import Trainer
     from tests.helpers import Squared, make_data
 
@@ -99,27 +102,27 @@ def main(folder, options):
     during(History, "write", "writing", 1, 0)
     during(files, "write", "writing", 1, 0)
     during(Folder, "tidy", "writing", 2, 0)
-    during(Trainer, "_validate", "phase", 2, 1)
-    original = Trainer._train_steps
+    during(Validation, "_evaluate", "phase", 2, 1)
+    original = Loop._dispatch
 
-    def train_steps(trainer, *args):
-        result = original(trainer, *args)
+    def dispatch(loop, *args):
+        result = original(loop, *args)
         if not diary["first_step_us"]:
-            jax.block_until_ready(trainer.train_state)
+            jax.block_until_ready(loop._progress.state)
             diary["first_step_us"] = elapsed()
-        diary["phase"], diary["step"] = 1, trainer.log.step_at_most
+        diary["phase"], diary["step"] = 1, loop._log.step_at_most
         return result
 
-    Trainer._train_steps = train_steps
-    load = Trainer._load
+    Loop._dispatch = dispatch
+    load = Progress._load
 
-    def timed_load(trainer):
+    def timed_load(progress):
         began = elapsed()
-        result = load(trainer)
+        result = load(progress)
         diary["reading_us"] = elapsed() - began
         return result
 
-    Trainer._load = timed_load
+    Progress._load = timed_load
 
     optimizers = {
         None: None,
