@@ -14,20 +14,30 @@ PICTURE = Path(__file__).with_name("architecture.svg")
 WIDTH, HIGH, GAP, MARGIN = 1240, 74, 34, 20
 
 
+def room_of(path):
+    """The room that a file of the package is in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def modules():
+    """The files of the package, but for its own `__init__.py`."""
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
 def rooms():
     """Rooms by name, with the files of each."""
     found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if room != "__init__":
-            found.setdefault(room, []).append(path)
+    for path in modules():
+        found.setdefault(room_of(path), []).append(path)
     return found
 
 
 def imported(path):
     """The rooms that a file imports from."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"{path} has a relative import, which is not followed here")
             names = [f"learnax.{a.name}" for a in node.names] if node.module == "learnax" else [node.module]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from learnax.data import Block
-from learnax.engine.preflight import Preflight as Preflight
 from learnax.hooks import Hook, Moment, due
 from learnax.parts import Parts
 from learnax.session import Session
@@ -139,16 +138,6 @@ class Loop:
             with self._phases.save:
                 for hook in hooks:
                     hook(moment)
-
-    def preflight(self) -> Preflight:
-        """Finds out what the run will take; see `Parts.preflight`.
-
-        Raises:
-            RuntimeError: the run is under way.
-        """
-        if self.session.running:
-            raise RuntimeError("preflight() is for before train(): the run is under way")
-        return self._parts.preflight()
 
     def _batch(self, block: Block, number: int) -> list[Any]:
         """One batch of a block on the host, those parts that other processes have read included."""

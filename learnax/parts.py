@@ -19,7 +19,8 @@ from learnax.engine import BATCHES, SAME, Engine
 from learnax.engine.accounts import ledger_of
 from learnax.engine.cache import use_cache
 from learnax.engine.plan import RESIDENT_BYTES, Plan, plan
-from learnax.engine.preflight import Flight, Preflight
+from learnax.engine.preflight import Flight
+from learnax.engine.preflight import Preflight as Preflight
 from learnax.engine.programs import Programs
 from learnax.engine.sharding import Gather, divided
 from learnax.hooks import BestSaver, Hooks, ModelSaver, Plotter, Sampler, StateSaver, Validation, sample_params

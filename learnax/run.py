@@ -15,7 +15,7 @@ import jax
 from learnax.checkpoint import Checkpointer
 from learnax.checkpoint.thaw import read_plain
 from learnax.cluster.processes import connected
-from learnax.log.session import plot_over_steps, with_step
+from learnax.log.axis import plot_over_steps, with_step
 from learnax.utils.names import expanded, folder_name
 
 _PICKLE = b"\x80"

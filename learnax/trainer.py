@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,9 +14,9 @@ import optax
 from learnax import checks
 from learnax.log import NoProgressError as NoProgressError
 from learnax.log import in_notebook as in_notebook
-from learnax.loop import Loop, Preflight
+from learnax.loop import Loop
 from learnax.loss import LossPipe
-from learnax.parts import NAME, Parts
+from learnax.parts import NAME, Parts, Preflight
 from learnax.profiling.cudart import libcudart as libcudart
 from learnax.profiling.ledger import START, Ledger
 from learnax.registry import Registry
@@ -22,27 +24,24 @@ from learnax.step import LearningRate, PyTree, as_train_state
 from learnax.step import TrainState as TrainState
 
 
-class _Setting:
-    """An argument of the trainer as its attribute: a run goes by what it is set to."""
+class _Forwarded:
+    """An attribute of the trainer that its run holds: what it is set to is what the run goes by."""
+
+    def __init__(self, holder: str):
+        self._holder = operator.attrgetter(holder)
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, trainer: Any, owner: type) -> Any:
-        return self if trainer is None else getattr(trainer.parts.settings, self._name)
+        return self if trainer is None else getattr(self._holder(trainer), self._name)
 
     def __set__(self, trainer: Any, value: Any) -> None:
-        setattr(trainer.parts.settings, self._name, value)
+        setattr(self._holder(trainer), self._name, value)
 
 
-class _Part:
-    """A part of the run as the trainer's attribute, to look at."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, trainer: Any, owner: type) -> Any:
-        return self if trainer is None else getattr(trainer.parts, self._name)
+_setting = functools.partial(_Forwarded, "parts.settings")
+_part = functools.partial(_Forwarded, "parts")
 
 
 class Trainer:
@@ -116,22 +115,15 @@ class Trainer:
     """
 
     name = NAME
-    model, learning_rate, losses, seed, train_dataset = _Setting(), _Setting(), _Setting(), _Setting(), _Setting()
-    num_epochs, batch_size, num_workers, max_grad = _Setting(), _Setting(), _Setting(), _Setting()
-    accumulate_steps, optimizer, run, save_model = _Setting(), _Setting(), _Setting(), _Setting()
-    load_checkpoint, load_weights, best_metric_name, val_every = _Setting(), _Setting(), _Setting(), _Setting()
-    plot_pipe, plot_every, plot_model, sample_every = _Setting(), _Setting(), _Setting(), _Setting()
-    train_only, single_batch, single_datum = _Setting(), _Setting(), _Setting()
-    checkpointer, engine, loaders, log, phases, plan, programs = (
-        _Part(),
-        _Part(),
-        _Part(),
-        _Part(),
-        _Part(),
-        _Part(),
-        _Part(),
-    )
-    hooks, processes, profiler, stops, watchdog = _Part(), _Part(), _Part(), _Part(), _Part()
+    model, learning_rate, losses, seed, train_dataset = _setting(), _setting(), _setting(), _setting(), _setting()
+    num_epochs, batch_size, num_workers, max_grad = _setting(), _setting(), _setting(), _setting()
+    accumulate_steps, optimizer, run, save_model = _setting(), _setting(), _setting(), _setting()
+    load_checkpoint, load_weights, best_metric_name, val_every = _setting(), _setting(), _setting(), _setting()
+    plot_pipe, plot_every, plot_model, sample_every = _setting(), _setting(), _setting(), _setting()
+    train_only, single_batch, single_datum = _setting(), _setting(), _setting()
+    checkpointer, engine, loaders, log = _part(), _part(), _part(), _part()
+    phases, plan, programs = _part(), _part(), _part()
+    hooks, processes, profiler, stops, watchdog = _part(), _part(), _part(), _part(), _part()
 
     @checks.checked
     def __init__(
@@ -228,7 +220,9 @@ class Trainer:
             MemoryError: the devices cannot hold the run.
             RuntimeError: the run is under way.
         """
-        return self.loop.preflight()
+        if self.loop.session.running:
+            raise RuntimeError("preflight() is for before train(): the run is under way")
+        return self.parts.preflight()
 
     # ---- the state
 

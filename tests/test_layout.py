@@ -4,15 +4,14 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import learnax
 from docs import draw
+from docs.draw import PACKAGE, imported, modules, room_of
 from tests.helpers import ROOT, run_script
 
-PACKAGE = Path(learnax.__file__).parent
 # From the top down: a room imports rooms of later rows only, or of its own folder.
 ROOMS = [
     ["trainer"],
@@ -35,30 +34,10 @@ ROOMS = [
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 
-def room_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported_rooms(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import, which this test does not follow"
-            names = [f"{node.module}.{alias.name}" if node.module == "learnax" else node.module for alias in node.names]
-        else:
-            continue
-        yield from (name.split(".")[1] for name in names if name.startswith("learnax."))
-
-
-def modules():
-    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
-
-
 def test_imports_point_down():
     assert len(modules()) > 15
     for path in modules():
-        for other in imported_rooms(path):
+        for other in imported(path):
             mine = room_of(path)
             assert mine == other or LEVEL[mine] < LEVEL[other], f"{path.name} ({mine}) imports {other}, not below it"
 
@@ -67,11 +46,11 @@ def test_what_users_import_beside_the_trainer_knows_no_trainer():
     for room in ("loss", "metrics", "utils", "profiling"):
         for path in modules():
             if room_of(path) == room:
-                assert set(imported_rooms(path)) <= {room, "utils"}, path
+                assert set(imported(path)) <= {room, "utils"}, path
     for path in modules():
         if room_of(path) in ("run", "registry", "checkpoint"):
             below = {"run", "registry", "checkpoint", "step", "utils", "cluster", "log"}
-            assert set(imported_rooms(path)) <= below, path
+            assert set(imported(path)) <= below, path
 
 
 def test_each_room_says_what_it_is_for_and_what_it_must_not_know():
@@ -107,7 +86,7 @@ def length(node):
 def test_a_run_is_read_on_a_page():
     text = (PACKAGE / "trainer.py").read_text()
     assert len(text.splitlines()) <= 400
-    assert len(set(imported_rooms(PACKAGE / "trainer.py"))) <= 8
+    assert len(set(imported(PACKAGE / "trainer.py"))) <= 8
     loop = ast.parse((PACKAGE / "loop.py").read_text())
     (cls,) = [node for node in loop.body if isinstance(node, ast.ClassDef)]
     methods = {node.name: node for node in cls.body if isinstance(node, ast.FunctionDef)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -97,9 +98,9 @@ class Settings:
         """Whether finite gradients and a finite rate make a finite update."""
         return self.own_optimizer and self.max_grad <= _SAFE_GRAD
 
-    @property
+    @functools.cached_property
     def epoch_steps(self) -> int:
-        """Training steps in an epoch."""
+        """Training steps in an epoch, by the data as they were when the trainer was built."""
         if self.single:
             return _SINGLE_BATCH_STEPS
         return len(self.train_dataset) // self.batch_size // self.accumulate_steps

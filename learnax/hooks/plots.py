@@ -7,7 +7,7 @@ from typing import Any
 
 from learnax.data import copied
 from learnax.hooks.hook import Every, Moment, to_host
-from learnax.log.session import by_step
+from learnax.log.axis import by_step
 from learnax.utils import PyTree, tree_unstack
 
 

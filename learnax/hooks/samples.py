@@ -12,7 +12,7 @@ from learnax.checkpoint import Checkpointer
 from learnax.data import copied, signature_of
 from learnax.engine import SAME, Engine, Kind, Wanted
 from learnax.hooks.hook import Every, Moment, to_host
-from learnax.log.session import by_step
+from learnax.log.axis import by_step
 from learnax.step.state import TrainState
 from learnax.utils import PyTree, tree_unstack
 from learnax.utils.names import expanded

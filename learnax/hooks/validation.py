@@ -50,8 +50,7 @@ class Validation:
 
     def next_due(self, count: int) -> float:
         """The first number of epochs, after this one, after which it is due."""
-        regular = Every(self._settings.val_every or 1).next_due(count - 1) + 1
-        last = self._settings.num_epochs
+        regular, last = self._next_regular(count), self._settings.num_epochs
         return min(regular, last) if count < last else regular
 
     def __call__(self, moment: Moment, seq: jax.Array) -> tuple[dict[str, dict[str, float]], jax.Array]:
@@ -64,7 +63,7 @@ class Validation:
         Returns:
             The means of each, and the random sequence after it.
         """
-        regular = moment.epoch % (self._settings.val_every or 1) == 0
+        regular = self._next_regular(moment.epoch) == moment.epoch + 1
         keys = seq
         if not regular:
             # The last epoch is validated in any case, by keys beside the run's: one that is made longer later draws
@@ -75,6 +74,10 @@ class Validation:
         for name, loader in self._loaders.items():
             means[name], keys = self._evaluate(loader, moment, keys)
         return means, keys if regular else seq
+
+    def _next_regular(self, count: int) -> float:
+        """`next_due` of a run that has no last epoch."""
+        return Every(self._settings.val_every or 1).next_due(count - 1) + 1
 
     def _evaluate(
         self, loader: Loader | Repeated, moment: Moment, seq: jax.Array

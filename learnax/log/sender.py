@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from learnax.log.session import plot_over_steps
+from learnax.log.axis import plot_over_steps
 
 _logger = logging.getLogger("learnax")
 BEHIND = 10_000
