@@ -34,9 +34,9 @@ test test-quick: export LEARNAX_COMPILATION_CACHE = $(abspath $(VENV))/programs
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# Without the tests that start processes.
+# Without the tests that start processes, and those that repeat a promise for further settings.
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes" -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes and not thorough" -q $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

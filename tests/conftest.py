@@ -26,7 +26,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(params=[1, 2, 4])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.thorough), 4])
 def devices(request):
     return jax.devices()[: request.param]
 

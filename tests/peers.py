@@ -1,10 +1,13 @@
 """Processes that train together: `together` starts, watches and kills them.
 
-One of them is `python -m tests.peers SCENARIO INDEX COUNT PORT FOLDER`: it connects to the others, and calls the
-scenario, a function of this module, with a dict that it fills; what is in there when it ends comes back.
+Each of them connects to the others, and calls the scenario, a function of this module, with a dict that it fills; what
+is in there when it ends comes back. They are forks of one process that has imported this module and done nothing else,
+and end as any Python program does.
 """
 
+import atexit
 import contextlib
+import functools
 import json
 import math
 import os
@@ -14,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -70,38 +74,15 @@ def together(scenario, folder, count, devices=1, *, env=None, seconds=90, codes=
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "default",
         **(env or {}),
     }
-    environment = {name: value for name, value in environment.items() if value is not None}
-    processes = []
-    deadline = time.monotonic() + seconds
-    late = []
-    try:
-        for index in range(count):
-            arguments = [scenario, str(index), str(count), str(port), str(folder)]
-            with open(folder / f"{index}.out", "wb") as out, open(folder / f"{index}.err", "wb") as err:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tests.peers", *arguments],
-                        env=environment,
-                        stdout=out,
-                        stderr=err,
-                        start_new_session=True,  # so that processes that read data die with it
-                    )
-                )
-        for index, process in enumerate(processes):
-            try:
-                process.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                late.append(index)
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # JAX keeps a SIGTERM for itself
-            process.wait()
-    ended = [_ended(folder, index, process) for index, process in enumerate(processes)]
+    asked = {
+        "processes": [[scenario, index, count, port, str(folder)] for index in range(count)],
+        "environment": {name: value for name, value in environment.items() if value is not None},
+        "seconds": seconds,
+    }
+    statuses, late = _server("TQDM_DISABLE" in asked["environment"]).ask(asked)
+    ended = [_ended(folder, index, status) for index, status in enumerate(statuses)]
     what = f"after {seconds} s, processes {late} were still there" if late else ""
     if not late and any(one.code not in codes for one in ended):
         what = f"exit statuses {[one.code for one in ended]}, expected {codes}"
@@ -111,19 +92,87 @@ def together(scenario, folder, count, devices=1, *, env=None, seconds=90, codes=
     return ended
 
 
-def _ended(folder, index, process):
+def _ended(folder, index, code):
     results = folder / f"{index}.pickle"
     return Ended(
-        process.returncode,
+        code,
         (folder / f"{index}.out").read_text(errors="replace"),
         (folder / f"{index}.err").read_text(errors="replace"),
         pickle.loads(results.read_bytes()) if results.exists() else {},
     )
 
 
-def main(scenario, index, count, port, folder):
+class Server:
+    """The process that forks.
+
+    Args:
+        quiet: whether there are no progress bars, which tqdm decides when it is imported.
+    """
+
+    def __init__(self, quiet):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+        if not quiet:
+            environment.pop("TQDM_DISABLE", None)
+        command = [sys.executable, "-m", "tests.peers"]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(self._process.communicate)
+
+    def ask(self, asked):
+        """Has processes run together; their exit statuses, and the indices of those that had to be killed."""
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+_server = functools.cache(Server)
+
+
+def serve():
+    """Answers `Server`, until its end of the pipe is closed."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        pids = []
+        for arguments in asked["processes"]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # JAX warns of forks, but none of its threads run yet
+                pid = os.fork()
+            if pid == 0:
+                return begin(asked["environment"], *arguments)
+            pids.append(pid)
+        print(json.dumps(outcome(pids, asked["seconds"])), flush=True)
+    return None
+
+
+def outcome(pids, seconds):
+    """Waits for processes, and kills what is left of them, with the processes that read data for them."""
+    deadline = time.monotonic() + seconds
+    codes = {}
+    while len(codes) < len(pids) and time.monotonic() < deadline:
+        for pid in pids:
+            if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(ended[1])
+        time.sleep(0.01)
+    late = [index for index, pid in enumerate(pids) if pid not in codes]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # JAX keeps a SIGTERM for itself
+        if pid not in codes:
+            codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return [codes[pid] for pid in pids], late
+
+
+def begin(environment, scenario, index, count, port, folder):
+    """What a fork does."""
+    os.setsid()  # so that processes that read data die with it
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder) / f"{index}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    jax.distributed.initialize(f"localhost:{port}", int(count), int(index), heartbeat_timeout_seconds=10)
+    jax.distributed.initialize(f"localhost:{port}", count, index, heartbeat_timeout_seconds=10)
     results = {"backends by import": BACKENDS_BY_IMPORT}
     try:
         SCENARIOS[scenario](results)
@@ -373,4 +422,4 @@ ALL = (train_all, misuse, fails_before, fails_while, resumed, named_runs)
 SCENARIOS = {function.__name__: function for function in ALL}
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

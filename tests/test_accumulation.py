@@ -144,6 +144,7 @@ def test_a_nan_in_one_of_the_batches_drops_the_whole_update(count, caplog):
     assert_trees_close(trainer.train_state, without.train_state)
 
 
+@pytest.mark.thorough
 def test_accumulated_updates_have_the_same_bits_however_they_are_cut():
     class Streamed(Watched):
         pass
@@ -157,6 +158,7 @@ def test_accumulated_updates_have_the_same_bits_however_they_are_cut():
     assert_same_run(trained(train_dataset=Streamed(), **options), uncut)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("again", ["a new trainer", "the same trainer"])
 def test_a_run_stopped_in_mid_epoch_goes_on_at_its_update(again):
     options = {"steps_per_execution": 4, "registry": "stopped", "save_every": 4}
@@ -174,6 +176,7 @@ def test_a_run_stopped_in_mid_epoch_goes_on_at_its_update(again):
     assert_same_run(trainer, uncut)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("room", [1, 4])
 def test_plots_get_the_last_batch_of_their_update_and_its_outputs(room):
     plots = []
@@ -186,6 +189,7 @@ def test_plots_get_the_last_batch_of_their_update_and_its_outputs(room):
     assert_trees_close(outputs, expected, rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_single_batch_is_every_batch_of_every_update():
     trainer = make(single_batch=True, num_epochs=1)
     other = make_trainer(losses=losses, train_dataset=DATA, single_batch=True, num_epochs=1)

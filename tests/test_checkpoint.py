@@ -362,6 +362,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert list(checkpointer.list_available_checkpoints()) == ["latest", 1, 3]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("text", [None, "", '{"0": [1, tr'], ids=["lost", "empty", "cut short"])
 def test_without_its_index_a_folder_says_the_same(make, text):
     options = {"max_to_keep": 2, "keep_best": True}

@@ -251,6 +251,7 @@ def test_a_save_that_may_not_be_looked_at_is_not_called_damaged(save, monkeypatc
 # ---- what any accident does
 
 
+@pytest.mark.thorough
 def test_a_file_that_is_gone_or_cut_short_is_damage_or_of_no_matter(save):
     damaged = set()
     for path in files_of(save):
@@ -264,6 +265,7 @@ def test_a_file_that_is_gone_or_cut_short_is_damage_or_of_no_matter(save):
     assert not is_damaged(save)
 
 
+@pytest.mark.thorough
 def test_bytes_that_are_others_are_damage_or_of_no_matter(save):
     rng = random.Random(0)
     for path in files_of(save):
@@ -306,6 +308,7 @@ def test_anything_under_a_right_seal_is_damage(broken, content):
     assert Checkpointer.at(broken.parent).list_available_checkpoints().keys() == {"latest"}
 
 
+@pytest.mark.thorough
 @FUZZ
 @hypothesis.given(st.data(), JSON)
 def test_any_one_value_under_a_right_seal_is_damage_or_taken(saved, broken, data, value):

@@ -164,6 +164,7 @@ class Long(LossFunction):
         return output, jnp.mean((output - batch[1]) ** 2) + nothing, {}
 
 
+@pytest.mark.thorough
 def test_the_next_batch_is_read_while_the_step_runs():
     running = []
 

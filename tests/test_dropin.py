@@ -113,7 +113,7 @@ def seed():
     return int(np.random.default_rng().integers(1 << 30))
 
 
-@pytest.fixture(scope="module", params=[Noisy, Quiet], ids=["noisy", "quiet"])
+@pytest.fixture(scope="module", params=[pytest.param(Noisy, marks=pytest.mark.thorough), Quiet], ids=["noisy", "quiet"])
 def expected(request, seed):
     model = request.param()
     data = make_molecules(35, seed)
@@ -301,6 +301,7 @@ def test_the_steps_that_losses_see_are_the_states_unless_another_is_given():
     assert state.step == 5
 
 
+@pytest.mark.thorough
 def test_a_trainer_takes_a_state_it_is_given_whatever_it_is_in(registry_path):
     first = make_trainer(registry="x", num_epochs=1)
     first.train()

@@ -126,6 +126,7 @@ def test_the_line_for_a_new_shape_names_each_leaf_that_differs(caplog):
     assert line.endswith(" s: [0/x] from float32[1, 8, 8] to float16[1, 8, 4] (program 2 of its kind)")
 
 
+@pytest.mark.thorough
 def test_a_program_for_each_of_many_shapes_is_told_with_what_to_do(caplog):
     data = [datum for times in range(1, MANY_PROGRAMS + 2) for datum in lengthened(make_data(8), times)]
     make_trainer(model=Pooled(), train_dataset=data, num_epochs=1, steps_per_execution=1).train()
@@ -243,6 +244,7 @@ def test_a_restored_state_is_updated_in_place_too(one_device):
     assert pointers(trainer.train_state) == places
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("steps_per_execution", [1, 4])
 def test_a_dispatch_fetches_one_array_from_the_device(devices, monkeypatch, steps_per_execution):
     """The scalars of all its steps are one transfer, and nothing else is read."""

@@ -110,6 +110,7 @@ def test_a_disk_that_stays_full_leaves_the_last_good_one_and_raises_at_the_end(t
     assert lines[-2:] == ["steps 15 latest 5", "left ['0', 'history', 'index.json']"]
 
 
+@pytest.mark.thorough
 def test_a_folder_that_is_gone_is_made_again(registry_path):
     trainer = make(save_every=5)
     trainer.hooks.saves.append(At(7, lambda: (trainer.checkpointer.wait(), shutil.rmtree(trainer.checkpointer.path))))
@@ -118,6 +119,7 @@ def test_a_folder_that_is_gone_is_made_again(registry_path):
     assert list(on_disk(registry_path).list_available_checkpoints()) == ["latest", 15]
 
 
+@pytest.mark.thorough
 def test_a_folder_that_became_something_else_is_told_of_and_raised_at_the_end(registry_path, caplog):
     trainer = make(save_every=5)
     path = trainer.checkpointer.path
@@ -147,6 +149,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(tm
     assert trainer.log.step == 15
 
 
+@pytest.mark.thorough
 def test_storage_that_is_slower_than_the_cadence_skips_saves_and_says_so_once(tmp_path, monkeypatch, caplog):
     write, gate = files.write, threading.Semaphore(0)
     monkeypatch.setattr(files, "write", lambda *args: (gate.acquire(), write(*args)))
@@ -171,6 +174,7 @@ def test_storage_that_is_slower_than_the_cadence_skips_saves_and_says_so_once(tm
     ]
 
 
+@pytest.mark.thorough
 def test_large_states_wait_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "PENDING_BYTES", 1 << 20)
     write, taken = files.write, []
@@ -198,6 +202,7 @@ def test_a_save_leaves_the_state_to_be_updated_in_place(count):
     assert places[0] == places[1]
 
 
+@pytest.mark.thorough
 def test_copies_are_made_into_the_same_memory_again(tmp_path):
     checkpointer = Checkpointer.at(tmp_path / "memory")
     checkpointer.prepare(make_state(1))
@@ -223,6 +228,7 @@ def test_arrays_without_elements_come_back(tmp_path):
     assert loaded.params["none"].dtype == jnp.bfloat16
 
 
+@pytest.mark.thorough
 def test_histories_are_saved_as_they_are_however_they_grew(tmp_path):
     checkpointer = Checkpointer.at(tmp_path / "history")
     resume = {"rng": np.zeros(2, np.uint32), "position": {}}
@@ -285,6 +291,7 @@ def spoil(folder, chance):
     return f"{kind} {victim.name} at {place}"
 
 
+@pytest.mark.thorough
 def test_damage_anywhere_is_noticed_and_the_one_before_is_taken(two_saves, tmp_path, caplog):
     seed = random.SystemRandom().randrange(1 << 32)
     chance = random.Random(seed)
@@ -316,6 +323,7 @@ def test_damage_anywhere_is_noticed_and_the_one_before_is_taken(two_saves, tmp_p
     assert noticed > 20, f"seed {seed}"
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_from_the_one_before_a_damaged_one_and_keeps_that_aside(registry_path, caplog):
     untouched = trained(registry=None)
     stop(step=13)
@@ -332,6 +340,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one_and_keeps_that_aside(re
     assert (path.with_name("checkpoints.1") / str(newest)).is_dir()
 
 
+@pytest.mark.thorough
 def test_where_all_are_damaged_that_is_an_error_and_no_fresh_start(registry_path):
     trained(num_epochs=1)
     path = on_disk(registry_path).path
@@ -394,6 +403,7 @@ def test_of_a_torn_old_checkpoint_the_one_before_is_taken(tmp_path, caplog):
     assert caplog.messages[1] == "the checkpoint before it is taken in its place: that of step 100"
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_from_an_old_checkpoint_and_others_read_it(registry_path):
     trained_before = trained(registry=None, num_epochs=1)
     state = host(trained_before.train_state)

@@ -93,17 +93,21 @@ def rows(trainer):
 # ---- the same bits, however it is cut
 
 CELLS = [
+    (Noisy, 4, 4),
     (Noisy, 1, 1),
     (Noisy, 1, 16),
-    (Noisy, 4, 4),
     (Convolution, 1, 4),
     (Convolution, 4, 16),
     (Attention, 4, 1),
 ]
 """Model, devices, steps in a dispatch."""
+_PARAMS = [
+    pytest.param(cell, marks=[pytest.mark.thorough] * (number > 0), id=f"{cell[0].__name__}-{cell[1]}-{cell[2]}")
+    for number, cell in enumerate(CELLS)
+]
 
 
-@pytest.fixture(scope="module", params=CELLS, ids=lambda cell: f"{cell[0].__name__}-{cell[1]}-{cell[2]}")
+@pytest.fixture(scope="module", params=_PARAMS)
 def uncut(request):
     """The options of a run, and the run with nothing that cuts it but its epochs, its list kept on the devices."""
     model, count, room = request.param
@@ -137,6 +141,7 @@ def test_saves_a_streamed_dataset_and_a_resume_change_no_bit(uncut):
     assert len(saved) == 4 + 3  # at 21, 28 and 35
 
 
+@pytest.mark.thorough
 def test_epochs_of_another_length_change_no_bit(uncut):
     """The same data in the same order as one long epoch: other tails, other blocks."""
     options, expected = uncut
@@ -144,6 +149,7 @@ def test_epochs_of_another_length_change_no_bit(uncut):
     assert_same_run(trained(**options, train_dataset=[*data, *data], num_epochs=1), expected, splits=["train"])
 
 
+@pytest.mark.thorough
 def test_an_interrupt_on_a_list_over_its_budget_changes_no_bit(uncut, monkeypatch):
     options, expected = uncut
     monkeypatch.setattr("learnax.parts.RESIDENT_BYTES", 1000)
@@ -154,6 +160,7 @@ def test_an_interrupt_on_a_list_over_its_budget_changes_no_bit(uncut, monkeypatc
     assert_same_run(trainer, expected)
 
 
+@pytest.mark.thorough
 def test_the_cadence_of_plots_changes_no_bit():
     options = {"model": Attention(), "steps_per_execution": 16, "plot_pipe": lambda *_: None}
     often, seldom = (trained(**options, plot_every=every) for every in (3, 1000))
@@ -165,6 +172,7 @@ HELD_OUT = make_data(45, seed=6)
 """Five batches and a tail."""
 
 
+@pytest.mark.thorough
 def test_a_run_with_validation_has_the_same_bits_by_every_way_of_its_data(monkeypatch):
     options = {"devices": jax.devices()[:4], "steps_per_execution": 4}
     lists = {"train_dataset": DATA, "val_datasets": [HELD_OUT]}
@@ -213,6 +221,7 @@ def test_a_list_is_read_once_and_another_dataset_in_each_epoch():
 # ---- between settings
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("model", "count", "rooms"),
     [
@@ -236,6 +245,7 @@ def test_every_setting_trains_alike(model, count, rooms):
                 np.testing.assert_allclose(run.metrics[name], values, rtol=1e-5, atol=1e-7, err_msg=said)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("room", "save_every", "dispatches"),
     [
@@ -345,6 +355,7 @@ def test_what_is_measured_at_a_step_joins_that_steps_row_and_no_other():
     assert [row["step"] for row in run.rows if "train/size" in row] == [7, 14]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("option", "count"), [("single_batch", 4), ("single_datum", 1)])
 def test_a_single_batch_or_datum_is_fused_without_copies_of_it(option, count):
     options = {option: True, "num_epochs": 1, "devices": jax.devices()[:count]}
@@ -356,6 +367,7 @@ def test_a_single_batch_or_datum_is_fused_without_copies_of_it(option, count):
     np.testing.assert_allclose(fused.metrics["train/loss"][:100], single.metrics["train/loss"][:100], rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("count", "size"), [(1, 5), (1, 32), (4, 45)])
 def test_a_fused_validation_takes_each_datum_once_and_the_same_random_numbers(count, size):
     options = {"val_datasets": [make_data(size, seed=6)], "devices": jax.devices()[:count], "learning_rate": 0.0}
@@ -369,6 +381,7 @@ def test_a_fused_validation_takes_each_datum_once_and_the_same_random_numbers(co
     assert_trees_equal(jax.random.key_data(fused.rng_seq), jax.random.key_data(single.rng_seq))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [list, Streamed])
 def test_a_block_is_cut_where_the_shape_of_the_data_changes(kind):
     class Pooled(nn.Module):
@@ -388,6 +401,7 @@ def test_a_block_is_cut_where_the_shape_of_the_data_changes(kind):
     assert_same_run(trained(**options, steps_per_execution=4, save_model=lambda params: None, save_every=3), fused)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("room", [1, 16])
 def test_the_steps_before_a_dataset_raised_are_made_and_logged(room):
     class Broken(Streamed):

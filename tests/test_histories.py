@@ -133,6 +133,7 @@ def test_sessions_go_on_where_others_ended_bit_for_bit(path):
     assert_history(latest(path), 18)
 
 
+@pytest.mark.thorough
 def test_a_chain_that_grew_long_becomes_one_file_and_what_nothing_needs_is_removed(path, monkeypatch):
     monkeypatch.setattr(history, "MOST_FILES", 4)
     run = Trained(path).train(2).save().close()
@@ -350,6 +351,7 @@ def test_a_save_that_has_its_histories_in_itself_is_read_and_gone_on_from(path):
 # ---- a past that is left
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
 def test_saves_that_are_set_aside_keep_their_histories(path, links, monkeypatch):
     if not links:

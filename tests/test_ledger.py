@@ -112,6 +112,7 @@ class SlowRun(MemoryRun):
         super().log(values)
 
 
+@pytest.mark.thorough
 def test_known_times_are_found_in_their_rows_and_the_rows_sum_to_the_wall_time():
     def plot(run, outputs, batch):
         time.sleep(0.3)

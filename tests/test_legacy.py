@@ -677,6 +677,7 @@ def read_or_refuse(path):
     return False
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_file_cut_anywhere_is_named(tmp_path, protocol):
     path = write(tmp_path / "state_1.pyd", make_state(), protocol=protocol, metrics={"loss": 0.5})
@@ -685,6 +686,7 @@ def test_a_file_cut_anywhere_is_named(tmp_path, protocol):
     assert not any(read_or_refuse(put(path, whole[:cut])) for cut in cuts)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("flips", [1, 5])
 def test_a_file_with_flipped_bits_is_read_or_named(tmp_path, protocol, flips):

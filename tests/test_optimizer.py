@@ -76,6 +76,7 @@ def test_an_optimizer_trains_alike_on_any_number_of_devices_and_however_it_is_di
     assert_trees_close(other.train_state, reference.train_state)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["adamw", "lion", "kept"])
 def test_an_optimizers_state_goes_through_a_checkpoint(name):
     optimizer, rate, rates = OPTIMIZERS[name]

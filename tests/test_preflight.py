@@ -44,6 +44,7 @@ def test_the_trainer_is_left_as_it_was_and_trains_to_the_same_bits(count, option
     assert trainer.metrics["train/loss"] == plain.metrics["train/loss"]
 
 
+@pytest.mark.thorough
 def test_in_the_midst_of_a_run_it_leaves_all_as_it_was(tmp_path):
     given = {"registry": Registry("tests", tmp_path), "val_datasets": [make_data(9, 1)]}
     trainer = make_trainer(**given)
@@ -84,6 +85,7 @@ def test_the_report_says_what_it_found(count):
     assert report.epoch_s == pytest.approx(10 * step_s + report.validation_s)
 
 
+@pytest.mark.thorough
 def test_its_estimate_of_an_epoch_is_about_what_one_takes():
     import time
 

@@ -81,6 +81,7 @@ def test_a_run_stopped_in_mid_epoch_goes_on_as_if_it_had_not_been(count, again):
     assert_same_run(trainer, untouched)
 
 
+@pytest.mark.thorough
 def test_a_run_stopped_again_and_again_is_still_the_same_run():
     untouched = trained(model=Noisy(), registry=None)
     for step in (5, 10, 13):
@@ -107,6 +108,7 @@ class Interrupted:
         return self._data[index]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("again", ["a new trainer", "the same trainer"])
 def test_a_run_stopped_in_a_validation_goes_on_as_if_it_had_not_been(again):
     held_out = {"val": make_data(21, seed=1), "other": Interrupted()}
@@ -122,6 +124,7 @@ def test_a_run_stopped_in_a_validation_goes_on_as_if_it_had_not_been(again):
     assert_same_run(trainer, untouched)
 
 
+@pytest.mark.thorough
 def test_a_run_stopped_by_its_save_model_or_its_dataset_goes_on():
     class Unplugged:
         """Data that can be pulled away."""
@@ -157,6 +160,7 @@ def test_a_run_stopped_by_its_save_model_or_its_dataset_goes_on():
     assert_same_run(trainer, untouched)
 
 
+@pytest.mark.thorough
 def test_updates_that_were_dropped_are_not_done_again_by_a_run_that_goes_on():
     data = make_data(43)
     data[12][1][0] = data[37][1][0] = 7  # in the second and in the fifth batch
@@ -221,6 +225,7 @@ def test_a_fresh_start_moves_what_was_there_aside(registry_path, caplog):
     assert_trees_equal(on_disk(registry_path).load_latest()["state"], fresh.train_state)
 
 
+@pytest.mark.thorough
 def test_fresh_starts_never_write_over_one_another(registry_path):
     for seed in range(3):
         trained(seed=seed, num_epochs=1, val_datasets=None)
@@ -231,6 +236,7 @@ def test_fresh_starts_never_write_over_one_another(registry_path):
     assert_trees_equal(states, expected)
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_from_the_step_it_asks_for_and_what_came_later_is_moved_aside(registry_path):
     finished = trained(model=Noisy(), checkpoint_every=6)
     assert list(on_disk(registry_path).list_available_checkpoints()) == ["latest", 6, 12, 15]
@@ -242,6 +248,7 @@ def test_a_run_goes_on_from_the_step_it_asks_for_and_what_came_later_is_moved_as
     assert list(on_disk(registry_path, "checkpoints.1").list_available_checkpoints()) == ["latest", 12, 15]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("metric", "minimize"), [("val/loss", True), ("other/rmse", False)])
 def test_the_best_checkpoint_is_that_of_the_best_epoch(registry_path, metric, minimize):
     options = {"keep_best_checkpoint": True, "learning_rate": 0.1, "num_epochs": 5}
@@ -267,6 +274,7 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(registry_path, metric, mi
     assert_same_run(resumed, trainer)
 
 
+@pytest.mark.thorough
 def test_the_best_survives_a_run_that_goes_on_and_does_worse(registry_path):
     options = {"keep_best_checkpoint": True, "learning_rate": 1e-3}
     trainer = trained(**options)
@@ -277,6 +285,7 @@ def test_the_best_survives_a_run_that_goes_on_and_does_worse(registry_path):
     assert on_disk(registry_path).load_latest()["step"] == step + STEPS
 
 
+@pytest.mark.thorough
 def test_only_so_many_numbered_checkpoints_are_kept(registry_path):
     trained(checkpoint_every=2, max_checkpoints=3)
     assert list(on_disk(registry_path).list_available_checkpoints()) == ["latest", 10, 12, 14, 15]
@@ -284,6 +293,7 @@ def test_only_so_many_numbered_checkpoints_are_kept(registry_path):
     assert len(folders) == 4
 
 
+@pytest.mark.thorough
 def test_weights_alone_begin_a_new_run(registry_path):
     finished = trained()
     params = host(finished.train_state.params)
@@ -335,6 +345,7 @@ def test_a_registry_without_a_folder_is_a_clear_error(monkeypatch, tmp_path):
 # ---- what may have changed in between
 
 
+@pytest.mark.thorough
 def test_another_rate_applies_from_where_the_run_goes_on(registry_path):
     stop(step=9)
     before = on_disk(registry_path).load_latest()["state"]
@@ -345,6 +356,7 @@ def test_another_rate_applies_from_where_the_run_goes_on(registry_path):
     np.testing.assert_array_equal(np.float32(resumed.metrics["train/learning_rate"]), expected)
 
 
+@pytest.mark.thorough
 def test_a_schedule_goes_on_at_its_own_count():
     schedule = optax.linear_schedule(1e-2, 1e-3, STEPS * EPOCHS)
     stop(step=9, learning_rate=schedule)
@@ -377,6 +389,7 @@ def test_another_model_is_an_error_that_says_what_differs(registry_path):
     assert on_disk(registry_path).load_latest()["step"] == 4  # asking for what does not fit changes nothing
 
 
+@pytest.mark.thorough
 def test_the_last_epoch_is_validated_whatever_val_every_says():
     trainer = make_trainer(num_epochs=6, val_every=4, val_datasets={"val": make_data(21)})
     trainer.train()
@@ -386,6 +399,7 @@ def test_the_last_epoch_is_validated_whatever_val_every_says():
     assert len(made.metrics["val/loss"]) == 2  # it was due in the last epoch
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model", [MLP(), Noisy()], ids=["plain", "random"])
 def test_a_run_that_is_made_longer_is_the_run_that_it_would_have_been(model):
     options = {"model": model, "val_every": 3, "val_datasets": {"val": make_data(21)}}
@@ -400,6 +414,7 @@ def test_a_run_that_is_made_longer_is_the_run_that_it_would_have_been(model):
     assert straight.metrics["val/loss"] == [longer.metrics["val/loss"][place] for place in (0, 2, 3)]
 
 
+@pytest.mark.thorough
 def test_what_a_loop_over_epochs_has_trained_is_saved_after_each():
     trainer = make_trainer(registry="r", num_epochs=3)
     for epoch in range(2):
@@ -427,6 +442,7 @@ def test_a_run_that_is_complete_says_so_and_trains_nothing(caplog):
     assert again.checkpointer.load_latest()["time"] == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("optimizer", "told"),
     [

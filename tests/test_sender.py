@@ -191,6 +191,7 @@ def test_what_was_abandoned_takes_no_later_rows():
     assert run.rows == [{"row": number} for number in range(6)]
 
 
+@pytest.mark.thorough
 def test_a_log_that_is_slow_but_moves_is_waited_for(monkeypatch, caplog):
     """Patience is for one call, not for all of them."""
     monkeypatch.setattr(module, "PATIENCE_S", 0.3)
@@ -277,6 +278,7 @@ def test_before_a_plot_the_run_has_every_earlier_row(room):
     assert seen == [list(range(1, 4)), list(range(1, 8))]
 
 
+@pytest.mark.thorough
 def test_plots_do_not_wait_for_a_log_that_was_given_up(monkeypatch, caplog):
     monkeypatch.setattr(module, "PATIENCE_S", 0.2)
     run, plots = Gated(), []

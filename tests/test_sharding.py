@@ -57,12 +57,17 @@ def test_arrays_are_divided_along_their_longest_axis_that_the_devices_divide():
 @pytest.mark.parametrize(
     ("count", "options"),
     [
-        (1, {}),
         (4, {}),
-        (4, {"steps_per_execution": 1}),
-        (2, {"accumulate_steps": 2}),
-        (4, {"optimizer": optax.adamw(1e-3)}),
-        (2, {"losses": LossPipe([Poisonable()])}),
+        *(
+            pytest.param(count, options, marks=pytest.mark.thorough)
+            for count, options in [
+                (1, {}),
+                (4, {"steps_per_execution": 1}),
+                (2, {"accumulate_steps": 2}),
+                (4, {"optimizer": optax.adamw(1e-3)}),
+                (2, {"losses": LossPipe([Poisonable()])}),
+            ]
+        ),
     ],
 )
 def test_the_trajectory_is_that_of_a_whole_state(count, options):
@@ -124,6 +129,7 @@ def test_a_fresh_state_is_nowhere_whole():
     assert_trees_equal(fresh, make_wide(devices=jax.devices()[:1]).init_train_state())
 
 
+@pytest.mark.thorough
 def test_checkpoints_are_read_by_any_layout(tmp_path):
     registry = Registry("tests", tmp_path)
     reference = make_wide(num_epochs=3, devices=jax.devices()[:4])
@@ -138,6 +144,7 @@ def test_checkpoints_are_read_by_any_layout(tmp_path):
     np.testing.assert_allclose(trainer.metrics["train/loss"], reference.metrics["train/loss"], rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     registry = Registry("tests", tmp_path)
     options = {"shard_state": True, "devices": jax.devices()[:4]}

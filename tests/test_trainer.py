@@ -324,6 +324,7 @@ def test_sample_params_are_merged_over_the_parameters():
     assert abs(host(trainer.train_state.params["Dense_0"]["bias"]) - 7).min() > 6
 
 
+@pytest.mark.thorough
 def test_sample_params_may_be_a_folder_of_checkpoints():
     saved = make_trainer(registry="saved", model=MLP(), seed=5)
     saved.train()

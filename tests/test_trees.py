@@ -142,6 +142,7 @@ def test_a_container_that_gives_two_leaves_one_key_gives_them_two_names():
     assert flat(nested(leaves_by_path(Twice(1, {"a": 2})))) == leaves_by_path(Twice(1, {"a": 2}))
 
 
+@pytest.mark.thorough
 @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @hypothesis.given(st.sets(st.text(ODD_LETTERS), min_size=1, max_size=4))
 def test_any_text_as_a_key_can_be_read_from_its_name(keys):
@@ -187,6 +188,7 @@ def trees():
     )
 
 
+@pytest.mark.thorough
 @hypothesis.settings(
     max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
@@ -270,6 +272,7 @@ OPTIMISERS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_the_state_of_any_optimiser_comes_back(name):
 
@@ -295,6 +298,7 @@ def test_states_that_are_hardly_there_come_back(params, opt_state):
 # ---- what trains can be saved
 
 
+@pytest.mark.thorough
 def test_a_run_with_random_keys_in_its_optimiser_goes_on_as_if_it_had_not_stopped(registry_path):
     def make(**overrides):
         noise = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), optax.sgd(1e-2))

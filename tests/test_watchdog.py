@@ -44,6 +44,7 @@ def told():
     logging.getLogger("learnax").removeHandler(handler)
 
 
+@pytest.mark.thorough
 def test_a_run_that_hangs_is_told_of_once_with_phase_and_stacks_and_goes_on(told, monkeypatch, caplog):
     trainer = make_trainer(train_dataset=Hanging(make_data(43), told), num_epochs=1, steps_per_execution=1)
     trainer.parts.watchdog = Watchdog(

@@ -299,6 +299,7 @@ def test_a_trace_holds_exactly_its_steps(number, tmp_path):
     assert ranges["dispatch"] == 15
 
 
+@pytest.mark.thorough
 def test_validation_and_saves_inside_a_trace_are_labelled(tmp_path):
     trainer = make_trainer(
         registry=Registry("tests", tmp_path),
