@@ -110,7 +110,8 @@ class Stops:
 
     def heed(self) -> None:
         """`check` while data are waited for; several processes agree on a dispatch to stop after, and go on here."""
-        if self._watching and self._processes.count == 1:
+        asked = self._signal is not None or self._until is not None  # first: this is called for each datum
+        if asked and self._watching and self._processes.count == 1:
             self.check()
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
