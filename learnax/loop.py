@@ -69,7 +69,7 @@ class Loop:
             count = int(min((len(block) - start) // batches, room, edge - step))
             outputs = self._dispatch(block, start, count)
             start += count * batches
-            # An update that was found to be dropped puts the step back, to where another edge may be.
+            # Where an update turns out to have been dropped, the step count falls back, and another edge may be next.
             if step + count == edge or step + count != self._log.step_at_most:
                 self._between(block, start - 1, outputs)
             self._parts.stops.check()
@@ -99,8 +99,8 @@ class Loop:
         if min(self._profiler.next_due(at_most - 1), self._hooks.next_due(at_most - 1)) > at_most:
             return
         with self._log.newest() as metrics:
-            # First the windows of a profiler end: what follows is not of the step. Then plots and samples, which may
-            # add to its metrics; then these are kept; then saves, so that a checkpoint has them.
+            # The order: first a profiler's windows end, as what follows is no part of the step. Then plots and samples,
+            # which may add to the step's metrics; then these are kept; then saves, so that a checkpoint holds them.
             self._profiler.leave(self._log.step, self._progress.position.epoch)
             if metrics["has_nan"]:  # this update was dropped: what is due at the step before it is done already
                 return
@@ -110,7 +110,7 @@ class Loop:
             if shows:
                 outputs = self._engine.whole(outputs)
                 moment = dataclasses.replace(moment, batch=self._batch(block, batch), outputs=outputs)
-                self._log.flush()  # what a user's function finds logged does not depend on the speed of the run
+                self._log.flush()  # so that user code always finds the same rows logged, however fast the run is
                 with self._phases.plot:
                     for show in shows:
                         metrics |= show(moment)
@@ -124,7 +124,7 @@ class Loop:
         if self._parts.validation.next_due(epoch) == epoch + 1:
             validated, seq = self._parts.validation(moment, seq)
             means |= validated
-        # Only now that all is done: an epoch that is interrupted before validates again, on the same keys.
+        # Only after all validation: an epoch that is interrupted before this validates again, with the same keys.
         rows = self._log.keep_epoch(means)
         moment = dataclasses.replace(moment, metrics=self._log.grown(marks))
         self._progress.end_epoch(epoch, seq)

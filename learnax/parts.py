@@ -41,7 +41,7 @@ NAME = "trainer"
 
 
 class Parts:
-    """What a run is made of. What the arguments have wrong together, or with the data, is raised when it is built.
+    """What a run is made of. Building it raises what is wrong between arguments, or between them and the data.
 
     Args:
         settings: the trainer's arguments, checked.
@@ -133,8 +133,8 @@ class Parts:
         engine, progress = self.engine, self.progress
         batches, steps = self.settings.accumulate_steps, self.settings.epoch_steps
         flight = Flight(engine, self.programs, self.plan, self.loaders, batches, steps)
-        # A step takes over the buffers. A host has room for a state, devices may not; but a host has not all of it
-        # where it is divided over several.
+        # A step reuses the state's buffers, so a copy is kept. It is on the host, which has room for one where a device
+        # may not; but on the devices where the state is divided over several processes and no host has all of it.
         kept = progress.state
         spread = engine.spans and engine.layout != SAME
         kept = engine.own(kept, engine.layout) if spread else jax.tree.map(engine.host_copy, kept)

@@ -25,7 +25,7 @@ from learnax.step import TrainState as TrainState
 
 
 class _Forwarded:
-    """An attribute of the trainer that its run holds: what it is set to is what the run goes by."""
+    """A trainer attribute that is stored on the run's parts or settings: reading and setting it go there."""
 
     def __init__(self, holder: str):
         self._holder = operator.attrgetter(holder)

@@ -340,8 +340,8 @@ class Checkpointer:
         if math.isnan(value):
             return False
         if not self._saver.team.decides_alone:
-            self._saver.writer.wait()  # all know alike of what failed
-        if self._learned != self._saver.failures:  # one that failed may have been the best
+            self._saver.writer.wait()  # all processes know the same of what failed
+        if self._learned != self._saver.failures:  # the last best save may be the one that failed
             self._saver.writer.wait()
             failures, known = self._saver.failures, json.loads(self._processes.from_first(self._known_best()))
             if "failed" in known:

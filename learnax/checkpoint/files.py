@@ -63,7 +63,7 @@ def write_together(
         rest: more arrays by their paths, those of the first process.
         meta: plain values, those of the first process.
     """
-    # What is plain numpy, orbax writes on the first process alone.
+    # orbax writes plain numpy arrays on the first process alone.
     given = {**whole(_stored(arrays), pieces), **_stored(rest)}
     _save(folder, given, seals.sealed({**arrays, **rest}, pieces, sums, meta), together=True)
 
@@ -122,7 +122,7 @@ def reason(error: BaseException) -> str:
     """An error in some words; those of the storage library have a page of its settings."""
     text = re.sub(r" \[tensorstore_spec=.*\]", "", str(error))
     if len(text) > 2 * _LETTERS:
-        text = f"{text[:_LETTERS]} ... {text[-_LETTERS:]}"  # where it was, and at the end why
+        text = f"{text[:_LETTERS]} ... {text[-_LETTERS:]}"  # the beginning says where, the end says why
     return f"{type(error).__name__}: {text}"
 
 
@@ -191,7 +191,7 @@ def _found(place: Path, meta: Mapping[str, Any]) -> dict[str, seals.Kind]:
             texts = [f"{path}: {_text(found.get(path))}, not {_text(stored.get(path))}" for path in sorted(wrong)[:5]]
             raise ValueError(f"other arrays than were written ({len(wrong)}): {'; '.join(texts)}")
     for path, (shape, _) in found.items():
-        chunk = getattr(there[path].storage, "chunk_shape", None) or shape  # what was written as numpy may have none
+        chunk = getattr(there[path].storage, "chunk_shape", None) or shape  # None for what numpy wrote
         if len(chunk) != len(shape) or any(part > max(size, 1) for part, size in zip(chunk, shape, strict=True)):
             raise ValueError(f"{path} is of shape {list(shape)}, but written in parts of {list(chunk)}")
     return found
@@ -241,7 +241,7 @@ def _orbax(*, together: bool) -> Any:
     options = ocp.options.MultiprocessingOptions(
         primary_host=0 if together else here, active_processes=active, barrier_sync_key_prefix=f"learnax-{min(active)}"
     )
-    # Not compressed: parameters hardly are smaller for it, and it takes twice the time of a core that trains.
+    # Not compressed: parameters hardly get smaller, and it would take twice the processor time.
     state = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False, multiprocessing_options=options)
     handlers = {_STATE: state, _META: ocp.JsonCheckpointHandler(_META_FILE, multiprocessing_options=options)}
     composite = ocp.CompositeOptions(multiprocessing_options=options)

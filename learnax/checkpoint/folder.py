@@ -76,7 +76,7 @@ class Folder:
         """What each save is, oldest first; a damaged one that nothing is known of is left out."""
         numbers, entries = self.numbers(), self._known | self._read_index()
         for number in numbers:
-            if number not in entries:  # a kill came in between, or the index was lost, or the disk was full
+            if number not in entries:  # a kill between save and index, a lost index, or a full disk
                 with contextlib.suppress(DamagedError, KeyError):  # told of where it is read
                     meta = files.read_meta(self.path / str(number))
                     fields = {field: meta[field] for field in Entry._fields if field in meta}

@@ -137,7 +137,7 @@ class History:
         fresh = self._file is None
         last = _Part(f"{secrets.token_hex(8)}.bin", 0, 0) if fresh else self._chain[-1]
         path = self._folder / last.file
-        self._file = None  # whatever happens now may leave half a frame: then the next one begins another file
+        self._file = None  # a failure from here on may leave half a frame, and then the next one begins another file
         _growing.add(last.file)
         try:
             self._folder.mkdir(exist_ok=True)

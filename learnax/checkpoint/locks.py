@@ -43,7 +43,7 @@ def take(path: Path) -> int | None:
         os.close(file)
         if not locked:
             return None
-        # It was deleted in between: a lock on a file that nobody finds says nothing.
+        # The file was deleted in between: a lock on a file that has no name protects nothing.
 
 
 def lock(file: int) -> bool:

@@ -45,7 +45,7 @@ class _Hold:
 # opened while it is locked, for closing any one of them gives the lock up.
 _holds: dict[Path, _Hold] = {}
 _known: dict[Path, list[Record]] = {}
-"""Owners by and by, as far as this process has met them."""
+"""Tokens of the owners of each folder, in their order, as far as this process has seen them."""
 _gate = threading.RLock()
 
 
@@ -115,7 +115,7 @@ class Claim:
             if isinstance(record, Record) and record.token != hold.record.token:
                 self._lose(hold, record)
             self._keep_lock(hold, record)
-            # Somebody cleaned up, and nobody took it since: the lock says so, or there is none that could.
+            # The record was deleted, and nobody took the folder since: the lock shows it, where there are locks.
             if not isinstance(record, Record):
                 write(self._file, hold.record)
 

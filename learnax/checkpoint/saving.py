@@ -112,7 +112,7 @@ class Saver:
         refusal = self._take()
         if refusal:
             self.tell(NotTakenError(refusal), f"checkpoints cannot be saved now: {refusal}; the next save tries again")
-        wanted = self._camera.wanted(self._own(state)[0][0])  # now: a step may take the arrays over
+        wanted = self._camera.wanted(self._own(state)[0][0])  # copied now: the next step may reuse the arrays' buffers
 
         def job() -> None:
             self._camera.prepare(wanted)

@@ -64,7 +64,7 @@ def checked(build: Callable[P, None]) -> Callable[P, None]:
             return build(*args, **kwargs)  # Python's own text says what is missing or too many
         bound.apply_defaults()
         bound.arguments.update(check_arguments(bound.arguments))
-        # What building a trainer moves to the devices is meant, whatever guard stands around it.
+        # Transfers are meant here, even where the script forbids implicit ones (`jax.transfer_guard`).
         with jax.transfer_guard("allow"):
             return build(*bound.args, **bound.kwargs)
 
@@ -127,7 +127,7 @@ def check_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _seed(given: Any) -> int:
     seed = _whole("seed", given)
-    # A negative one, or one beyond, would be cut to its lowest bits: the run of another seed.
+    # JAX would keep only the lowest 32 bits of any other number, and the run would be that of another seed.
     most = 2**63 if jax.config.jax_enable_x64 else 2**32  # type: ignore[attr-defined]
     if not 0 <= seed < most:
         raise ValueError(f"seed must be from 0 to {most - 1}, so that each seed is a run of its own, but is {seed}")

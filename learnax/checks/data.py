@@ -157,7 +157,7 @@ def _kind(value: Any) -> str:
 
 def _mapping_text(name: str, dataset: Mapping[Any, Any]) -> str:
     names = [str(key) for key in dataset]
-    # Of a dataset of somebody else's numpy would ask for all its data.
+    # numpy would read all data of a dataset that is a sequence.
     columns = all(isinstance(value, (np.ndarray, jax.Array, list, tuple)) for value in dataset.values())
     listed = ", ".join(map(repr, names))
     text = f"dataset {name!r} must be a list of data, but is a {type(dataset).__name__} of {listed}"
@@ -217,7 +217,7 @@ def _is_like(item: Any, first: FirstDatum) -> bool:
     """Whether something has the structure and shapes of a training datum."""
     if isinstance(item, list) != first.is_list or hasattr(item, "__next__"):
         return False
-    # A dataset is no datum by its length, mostly; it is not gone through for that.
+    # The lengths tell a dataset from a datum in most cases, without reading it.
     inside, own = (item, first.arguments) if first.is_list else (item, first.arguments[0])
     if isinstance(inside, (list, tuple, dict)) and (type(inside) is not type(own) or len(inside) != len(own)):
         return False
@@ -227,7 +227,7 @@ def _is_like(item: Any, first: FirstDatum) -> bool:
     known, wanted = jax.tree.flatten(first.arguments, is_leaf=lambda leaf: leaf is None)
     if structure != wanted:
         return False
-    # Only of arrays numpy is asked for the shape: of a dataset it would read all data.
+    # numpy is asked for the shape of arrays alone: of a dataset it would read all data.
     return all(
         not is_array(leaf) if array is None else is_array(leaf) and np.shape(leaf) == np.shape(array)
         for leaf, array in zip(leaves, known, strict=True)

@@ -102,7 +102,7 @@ def watched(losses: Losses, seen: Seen, name: str = "losses") -> Losses:
 
     signature = inspect.signature(losses)
     skipped = int(next(iter(signature.parameters), "") in KEY_NAMES)
-    # By this the step is passed on, or not.
+    # The wrapper keeps the signature, by which the step is passed on or not.
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 

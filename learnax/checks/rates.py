@@ -53,7 +53,7 @@ def checked_rate(rate: Any) -> Any:
 def _check_schedule(schedule: Any) -> None:
     results = []
     try:
-        with jax.numpy_dtype_promotion("standard"):  # as in optax
+        with jax.numpy_dtype_promotion("standard"):  # as optax does
             jax.eval_shape(lambda step: results.append(schedule(step)), jax.ShapeDtypeStruct((), jnp.int32))
     except LOOKED_AT as error:
         raise TypeError(

@@ -82,7 +82,7 @@ class Farewell:
         """Ends this process, if it is to."""
         if self.status is not None:
             if jax.process_index() == 0:
-                time.sleep(NOTICE_S)  # what the others know of one another is kept here: they are to read it first
+                time.sleep(NOTICE_S)  # this process serves the store, and the others are to read it before it goes
             logging.shutdown()
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(Exception):

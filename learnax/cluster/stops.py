@@ -14,7 +14,7 @@ from typing import Any
 from learnax.cluster.processes import Processes
 
 _TIME_UP = 1000
-"""The end of the time, among the numbers of signals."""
+"""Stands for the end of the time where a signal's number is told; no signal has it."""
 
 
 class TimeUpError(Exception):
@@ -70,7 +70,7 @@ class Stops:
         try:
             yield
         except Exception as error:
-            # What goes wrong while a signal is pending, a worker that got it too for one, goes wrong because of it.
+            # An error while a signal is pending comes from the signal: workers, for one, get it as well.
             if self._signal is None:
                 raise
             raise _leave(self._signal) from error
@@ -116,7 +116,7 @@ class Stops:
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         # Nothing is logged here: a handler runs in the midst of anything, a write to the terminal for one.
-        if os.getpid() != self._owner:  # forked by a plot, say: its signals are nothing of the run's
+        if os.getpid() != self._owner:  # a fork, made by a plot for one: its signals do not concern the run
             before = self._handlers[number]
             signal.signal(number, before)
             signal.raise_signal(number)

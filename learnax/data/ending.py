@@ -47,7 +47,7 @@ class Lifeline:
         self._socket: socket.socket | None = None
         address = ""
         if sys.platform == "linux":
-            # An address without a file. The number at the end is a secret: none but the workers are to come.
+            # An abstract address, without a file. Its random number keeps other processes from connecting.
             address = f"\0{_FIRST}-{os.getpid()}-{number}-{secrets.token_hex(8)}"
             self._socket = socket.socket(socket.AF_UNIX)
             self._socket.bind(address)
@@ -99,7 +99,7 @@ class Hold:
                 self._leave()
             except OSError:  # somewhere that processes must not talk: then the parent's death is all there is to see
                 pass
-        # Somebody who was forked from the parent may keep the socket open: its death is looked for as well.
+        # A fork of the parent may keep the socket open, so the parent's death is looked for as well.
         while not select.select(sockets, [], [], 1.0)[0]:
             if os.getppid() != self._parent:
                 break
@@ -117,7 +117,7 @@ def clear_segments() -> None:
         return
     alive = {}
     for path in [*SHARED.glob(f"{_namespace()}-*"), *SHARED.glob(f"sem.{_namespace()}-*")]:
-        with contextlib.suppress(ValueError, OSError):  # it may be somebody else's, or gone by now
+        with contextlib.suppress(ValueError, OSError):  # it may belong to another user, or be gone by now
             _, _, pid, began, _, _ = path.name.split("-")
             if pid not in alive:
                 alive[pid] = _began(int(pid))

@@ -68,8 +68,8 @@ def use_cache(asked: str | os.PathLike[str] | bool | None) -> Path | None:
         reset_cache()  # JAX opens its cache once, and would go on with that of the folder before
     jax.config.update("jax_compilation_cache_dir", str(folder))
     _ours = str(folder)
-    # JAX keeps what took a second to compile. All is kept here: with a clock to decide, two starts would keep different
-    # programs, and those of a small model are as welcome.
+    # By default JAX keeps only programs that took a second to compile. Here all are kept: small models gain as well,
+    # and which programs are there does not depend on a clock.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
@@ -83,7 +83,7 @@ def _remove_damaged(folder: Path) -> None:
     """
     mark, now = folder / _CHECKED, folder / f"{_CHECKED}-{os.getpid()}"
     try:
-        from jax._src.compilation_cache import decompress_executable  # it is to say what it can read
+        from jax._src.compilation_cache import decompress_executable  # JAX's own reader says what it can read
 
         now.touch()  # by the clock of the storage
         since = mark.stat().st_mtime_ns if mark.exists() else 0
@@ -91,7 +91,7 @@ def _remove_damaged(folder: Path) -> None:
         for path in damaged:
             path.unlink(missing_ok=True)
         now.replace(mark)
-    except (OSError, ImportError) as error:  # a cache is worth no stop
+    except (OSError, ImportError) as error:  # a run does not stop for its cache
         _logger.info("the compilation cache %s was not looked through: %s", folder, error)
         return
     if damaged:
@@ -110,7 +110,7 @@ def _is_whole(path: Path, since: int, decompress: Callable[[bytes], bytes]) -> b
         return True
     except OSError:
         raise
-    except Exception:  # of each compressor its own
+    except Exception:  # each compressor raises an error of its own
         return False
     return True
 

@@ -190,7 +190,7 @@ class Engine:
 
     @staticmethod
     def host_copy(array: jax.Array) -> np.ndarray | jax.Array:
-        """A copy on the host, by objects that are gone with it: others may keep a step from updating it in place."""
+        """A copy on the host. No view of the device's buffer stays: it would keep a step from updating that in place."""
         if is_key(array):
             return like_key(array, Engine.host_copy(key_data(array)))
         copy = np.empty(array.shape, array.dtype)
@@ -206,8 +206,8 @@ class Engine:
             layout: how it is to lie: a spec, or one for each leaf.
         """
 
-        # Only a copy of what is laid out already is sure to be one: a CPU device goes on using numpy's memory where
-        # it can, and a device the buffer that it has a share in. Leaf by leaf: no second state is there in between.
+        # `device_put` alone may not copy: a CPU device goes on using numpy's memory where it can, and a device a buffer
+        # that it holds already. So each leaf is laid out first, then copied; leaf by leaf, as two states may not fit.
         def copy(leaf: Any, spec: PartitionSpec) -> jax.Array:
             if is_key(leaf):
                 return like_key(leaf, copy(key_data(leaf), spec))
@@ -268,7 +268,8 @@ class Engine:
     def _lower(self, kind: Kind, args: tuple[Any, ...]) -> tuple[str, jax.stages.Lowered, dict[str, float]]:
         check_compiling()
 
-        # Of a partial JAX takes the text for its messages, and that has all that the losses hold, data for one.
+        # A function, not a `functools.partial`: JAX puts the text of a partial into its messages, and that text would
+        # have all that the losses hold, a dataset for one.
         def function(*args: Any) -> Any:
             return kind.function(*args)
 

@@ -139,7 +139,7 @@ class Flight:
                 f"the run takes {amount(memory, 'B')} on each device, which has {amount(capacity, 'B')}: a smaller "
                 "batch_size, with accumulate_steps to make up for it, or more devices make it fit"
             )
-        # First, on a state that nobody has looked at: a look from the host may keep a step from updating it in place.
+        # The steps come first: a look from the host at the state may keep a step from updating it in place.
         state, step_s, copied = self._train(state, seq, block)
         validation_s = sum(self._validation(name, state, seq) for name in self._loaders if name != "train")
         # Over several processes a save needs storage that all share, which a temporary folder is not.

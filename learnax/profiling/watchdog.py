@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 
 _logger = logging.getLogger("learnax")
 TIMES = 20
-"""A dispatch that takes as many times as long as they do on average is news..."""
+"""A silence this many times as long as a dispatch takes on average is worth a line..."""
 FLOOR_S = 120.0
 """...but not before so many seconds, ..."""
 FIRST_S = 600.0
-"""...and the first one, which nothing is known of yet, not before as many."""
+"""...and before the first dispatch, whose time is not known yet, not before these."""
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def evaluate(
     after, key = jax.random.split(seq)
     left = size - index * recipe.batch_size
     full = left >= recipe.batch_size
-    # A tail draws from a stream beside the sequence: the sequence is the same with tails as without.
+    # A tail draws from a key beside the sequence, so that the sequence is the same with tails as without.
     keys = keys_of(recipe, jnp.where(full, key, jax.random.fold_in(key, left)))
     _, losses, metrics = batch_losses(recipe, params, keys, batch_of(batches, index), step)
     share = recipe.batch_size // recipe.shards

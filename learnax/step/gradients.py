@@ -86,7 +86,7 @@ def own_gradients(recipe: Recipe, params: PyTree, keys: jax.Array, batch: PyTree
     (loss, (outputs, metrics, nan)), grads = jax.value_and_grad(functools.partial(_mean_loss, recipe), has_aux=True)(
         params, keys, batch, step
     )
-    # jax.grad of a complex parameter points down, in its imaginary part.
+    # jax.grad of a complex parameter has the imaginary part's sign reversed.
     grads = jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
     return Means(grads, loss, metrics, nan), outputs
 

@@ -29,7 +29,7 @@ def apply(recipe: Recipe, packing: Packing, state: TrainState, means: Means) -> 
         state = _guarded(recipe, packing, state, grads, norm, sound := sound & jnp.isfinite(rate))
     else:
         step = state.step
-        # Its updates are made twice, to be looked at before they touch the state: cheaper than a second state.
+        # Updates are computed twice, the first time only to look for NaN: cheaper than memory for a second state.
         updates, _ = _updates(recipe, packing, grads, norm, state)
         sound &= _all_finite(updates) & _stay_finite(state.params, updates)
         state = _guarded(recipe, packing, state, grads, norm, sound)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from learnax.utils import PyTree, leaves_by_path
 
 SMALL = 1 << 16
-"""Elements of the largest leaf that is packed: what costs more to copy than to treat alone is left alone."""
+"""Elements of the largest leaf that is packed. Copying a larger one costs more than an operation of its own."""
 ROW = 128
 """Elements that a leaf in the vector is filled up to a multiple of, with zeros."""
 
@@ -38,7 +38,7 @@ class Packing:
         self.paths = list(leaves)
         self._structure = jax.tree.structure(like)
         self._shapes = [leaf.shape for leaf in leaves.values()]
-        # Of the vector that each leaf takes; none if it is left alone.
+        # The part of the vector that each leaf takes; None for a leaf that is not packed.
         self._rows = [
             -(-leaf.size // ROW) if leaf.dtype == jnp.float32 and leaf.size <= SMALL else 0 for leaf in leaves.values()
         ]

@@ -80,7 +80,7 @@ def train(
 
         like, outputs = jax.eval_shape(own, index)
         outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
-        # Wide: in half precision, the small part that each batch adds would be lost beside the sum.
+        # In float32: in half precision, what each batch adds would be rounded away beside the sum.
         sums = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like)
         sums, outputs = jax.lax.fori_loop(0, recipe.accumulate, add, (sums, outputs), unroll=not recipe.looped)
         means = jax.tree.map(lambda x, like: x.astype(like.dtype), sums, like)
@@ -114,9 +114,10 @@ def train_many(
         `(state, seq, scalars, outputs)`: the sequence after the steps; `room` rows of scalars, of which the
         first `count` are meant; the outputs of the last step.
     """
-    # The default optimiser treats each element alone; of another one nobody knows. Of one step it is not worth it.
+    # Moments can be packed where the optimiser treats each element alone, as the default one does; another one may
+    # not. For a single step, packing costs more than it saves.
     packing = Packing(state.params, moments=recipe.trusted and room > 1)
-    # Traced once, for its shapes and for the loop.
+    # A jitted function is traced once, for both uses below: its shapes, and the loop.
     step = jax.jit(functools.partial(train, recipe, packing, with_outputs), inline=True)
     seq, keys = next_keys(seq, count * recipe.accumulate, room * recipe.accumulate)
 
