@@ -190,7 +190,7 @@ class Engine:
 
     @staticmethod
     def host_copy(array: jax.Array) -> np.ndarray | jax.Array:
-        """A copy on the host. No view of the device's buffer stays: it would keep a step from updating that in place."""
+        """A copy on the host. No view of the device's buffer stays: it would keep a step from updating it in place."""
         if is_key(array):
             return like_key(array, Engine.host_copy(key_data(array)))
         copy = np.empty(array.shape, array.dtype)
