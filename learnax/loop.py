@@ -102,8 +102,8 @@ class Loop:
             # The order: first a profiler's windows end, as what follows is no part of the step. Then plots and samples,
             # which may add to the step's metrics; then these are kept; then saves, so that a checkpoint holds them.
             self._profiler.leave(self._log.step, self._progress.position.epoch)
-            if metrics["has_nan"]:  # this update was dropped: what is due at the step before it is done already
-                return
+            if metrics["has_nan"] or metrics.get("overflow"):
+                return  # this update was dropped: what is due at the step before it is done already
             step, epoch = self._log.step, self._progress.position.epoch
             shows = due(self._hooks.shows, step)
             moment = Moment(step, epoch, self._progress.state, metrics=metrics)

@@ -33,7 +33,7 @@ from learnax.profiling.profiler import NoProfiler, Profiler, WindowProfiler
 from learnax.profiling.watchdog import Watchdog
 from learnax.progress import Origin, Progress
 from learnax.registry import Registry
-from learnax.step import AXIS, Recipe
+from learnax.step import AXIS, Recipe, evaluated
 from learnax.utils import PyTree, tree_bytes
 
 NAME = "trainer"
@@ -51,6 +51,7 @@ class Parts:
         processes: of the run: which of them this is, and what they agree on.
         stops: what ends a run before its last step.
         first: each split's first datum.
+        model: what is trained.
         engine: compiles, and lays data out on the devices.
         origin: the state that a run begins with.
         plan: how many steps a dispatch makes.
@@ -78,13 +79,14 @@ class Parts:
 
         # The data, and what the model makes of them.
         splits, self.first = checks.splits_of(settings)
-        traced = checks.check_model(settings, self.first)
+        traced = checks.check_model(settings, self.first, settings.batch_size // len(devices))
         checks.check_names(traced.metrics, list(splits))
+        self.model = traced.model
 
         # The devices, and how state and batches lie on them.
         self.engine = Engine(devices, self.phases)
         self.engine.mapped = traced.mapped
-        self.origin = Origin(settings, self.first["train"].arguments, self.engine)
+        self.origin = Origin(settings, traced.model, traced.optimizer, self.first["train"].arguments, self.engine)
         gather = self._divide() if settings.shard_state else None
         self.processes.compare(
             "arguments", lambda: checks.comparable(settings, splits, self.first, self.origin.shapes())
@@ -98,8 +100,8 @@ class Parts:
 
         # The step, and what comes of it.
         recipe = self._recipe(traced, gather)
-        with_outputs = settings.plot_pipe is not None
-        self.programs = Programs(self.engine, recipe, self.plan.room, with_outputs, self.first["train"])
+        with_outputs, by_average = settings.plot_pipe is not None, settings.ema_eval
+        self.programs = Programs(self.engine, recipe, self.plan.room, with_outputs, self.first["train"], by_average)
         self.log = self._log()
         self.checkpointer = self._checkpointer()
         self.progress = Progress(settings, self.origin, self.engine, self.log, self.checkpointer)
@@ -120,8 +122,17 @@ class Parts:
         blocks = {name: shapes((self.loaders[name].room, size), first[name].arguments) for name in first}
         samplers = [show for show in self.hooks.shows if isinstance(show, Sampler)]
         batch = shapes((size,), first["train"].arguments)
-        more = [sampler.wanted(self.progress.state, batch) for sampler in samplers]
-        self.programs.prepare(self.progress.state, self.progress.seq, blocks, more)
+        seen = evaluated(self.progress.state.params, self.progress.state)
+        more = [sampler.wanted(seen, batch) for sampler in samplers]
+        tails = {name: self.loaders[name].size % size for name in first}
+        self.programs.prepare(self.progress.state, self.progress.seq, blocks, tails, more)
+
+    def sync(self) -> None:
+        """Puts the trained values into the user's object, where that holds values."""
+        if not self.model.holds_values:
+            return
+        state = evaluated(self.progress.state.params, self.progress.state)
+        self.model.sync(self.engine.whole(state.params), self.engine.whole(state.model_state))
 
     def preflight(self) -> Preflight:
         """Finds out what the run will take; all stays as it was.
@@ -196,9 +207,9 @@ class Parts:
     def _recipe(self, traced: checks.Traced, gather: Gather | None) -> Recipe:
         settings = self.settings
         return Recipe(
-            settings.model,
+            traced.model,
             settings.losses,
-            settings.optimizer,
+            traced.optimizer,
             settings.learning_rate,
             settings.max_grad,
             settings.batch_size,
@@ -206,7 +217,9 @@ class Parts:
             settings.accumulate_steps,
             trusted=settings.trusted,
             looped=self.plan.looped,
-            streams=traced.streams,
+            weighted=traced.weighted,
+            by_datum=traced.by_datum,
+            ema=settings.ema,
             gather=gather,
         )
 
@@ -262,6 +275,7 @@ class Parts:
                     settings.seed,
                     settings.run,
                     self.engine,
+                    self.programs.evaluated,
                     unwrap,
                 )
             )

@@ -16,7 +16,8 @@ from learnax.checkpoint import Checkpointer
 from learnax.checks.settings import Settings
 from learnax.engine import SAME, Engine
 from learnax.log import Log
-from learnax.step import fresh_state, hyperparams, key_pair, with_axis, with_rate
+from learnax.models import Model
+from learnax.step import fresh_state, hyperparams, key_pair, split, wide, with_axis, with_rate
 from learnax.step.state import TrainState, as_train_state
 from learnax.utils import PyTree
 
@@ -43,25 +44,32 @@ class Origin:
 
     Args:
         settings: of the run.
+        model: what is trained.
+        optimizer: the optax transformation.
         datum: the model's arguments for one datum.
         engine: lays it out.
     """
 
-    def __init__(self, settings: Settings, datum: list[Any], engine: Engine):
+    def __init__(self, settings: Settings, model: Model, optimizer: Any, datum: list[Any], engine: Engine):
         self._settings = settings
+        self._model = model
+        self._optimizer = optimizer
         self._datum = datum
         self._engine = engine
 
     def state(self) -> TrainState:
         """A fresh state, on the devices."""
 
-        def fresh(key: jax.Array, datum: list[Any]) -> TrainState:
-            make = functools.partial(fresh_state, self._settings.model, self._settings.optimizer, key, datum)
+        averages = self._settings.ema is not None
+
+        def fresh(key: jax.Array, datum: list[Any], made: Any) -> TrainState:
+            make = functools.partial(fresh_state, self._model, self._optimizer, averages, made, key, datum)
             return with_axis(make) if self._engine.mapped else make()
 
         # Where the state is divided, it is nowhere whole, not even at first.
         layout = None if self._engine.layout == SAME else self._engine.shardings(self._engine.layout)
-        return jax.jit(fresh, out_shardings=layout)(key_pair(self._settings.seed)[1], self._datum)
+        key = key_pair(self._settings.seed)[1]
+        return jax.jit(fresh, out_shardings=layout)(key, self._datum, self._model.made())
 
     def shapes(self) -> TrainState:
         """Its shapes, and how it lies where it is divided."""
@@ -77,7 +85,7 @@ class Origin:
     def hyperparams(self) -> dict[str, Any]:
         """Those that the optimiser's fresh state keeps."""
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.shapes().params)
-        return jax.jit(lambda: hyperparams(self._settings.optimizer.init(zeros)))()
+        return jax.jit(lambda: hyperparams(self._optimizer.init(split(self._optimizer, zeros)[0])))()
 
 
 class Progress:
@@ -176,7 +184,7 @@ class Progress:
         weights, loaded = self._settings.load_weights, None
         if self._settings.load_checkpoint:
             target = self._origin.shapes()
-            target = target._replace(opt_state=None) if weights else target
+            target = _of_weights(target, weights == "ema") if weights else target
             loaded = self._checkpointer.load(self._settings.load_checkpoint, target=target, resume=not weights)
             if loaded is None:
                 _logger.warning("no checkpoint in %s yet: starting fresh", self._checkpointer.path)
@@ -184,10 +192,20 @@ class Progress:
         if loaded is None:
             return False
         if weights:
-            self.state = self._origin.state()._replace(params=loaded["state"].params)
+            self._begin_from(loaded["state"], average=weights == "ema")
         else:
             self._go_on(loaded["state"], loaded["step"], loaded["resume"])
         return True
+
+    def _begin_from(self, loaded: TrainState, *, average: bool) -> None:
+        """A fresh state with the parameters of a checkpoint, or with their average, and what its model carried on."""
+        fresh = self._origin.state()
+        params = loaded.params
+        if average:
+            params = jax.tree.map(lambda own, like: own.astype(like.dtype), loaded.ema, fresh.params)
+        ema = None if fresh.ema is None else jax.tree.map(lambda own, like: own.astype(like.dtype), params, fresh.ema)
+        carried = fresh.model_state if loaded.model_state is None else loaded.model_state
+        self.state = fresh._replace(params=params, model_state=carried, ema=ema)
 
     def _go_on(self, state: TrainState, step: int, resume: Any) -> None:
         if self._settings.own_optimizer:  # only of that one the rate is sure to be the argument `learning_rate`
@@ -217,3 +235,9 @@ class Progress:
                 "another one into trainer.train_state.opt_state to change it",
                 "; ".join(lines),
             )
+
+
+def _of_weights(shapes: TrainState, average: bool) -> TrainState:
+    """What is read of a checkpoint for a run that begins with its weights."""
+    ema = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wide(x.dtype)), shapes.params) if average else None
+    return shapes._replace(opt_state=None, ema=ema)

@@ -51,8 +51,10 @@ class Trainer:
     to the end; `train_state` and `metrics` are live.
 
     Args:
-        model: a flax linen module, applied to one datum at a time.
-        learning_rate: Adam's rate, a number or an optax schedule `update count -> rate`.
+        model: a flax linen or NNX module, an Equinox module, or an object with `init` and `apply`, which sees one datum
+            at a time; or one of these in an adapter of `learnax.models`, which says more of it.
+        learning_rate: Adam's rate, a number or an optax schedule `update count -> rate`. With an `optimizer` it may be
+            left out.
         losses: `(output, datum, step) -> (output, loss, metrics)` for one datum, a `LossPipe` for one. A loss whose
             first parameter is named `key`, `rng`, `rng_key` or `rngs` gets a random key of the datum's there.
         seed: of the whole run, a whole number from 0 below 2**32; the same seed gives the same run.
@@ -82,7 +84,8 @@ class Trainer:
         plot_pipe: `(run, outputs, batch) -> None`, both lists of one pytree per datum, on the host.
         plot_every: steps between plots.
         plot_model: `output -> output`, applied to each output before it is plotted.
-        load_weights: whether `load_checkpoint` takes the parameters only, for a run that starts anew.
+        load_weights: whether `load_checkpoint` takes the parameters only, for a run that starts anew; "ema" takes
+            their average.
         sample_every: steps between samplings; None never samples.
         sample_model: `(params, key, datum) -> sample`, compiled and mapped over the first data of a batch.
         sample_params: merged over the parameters for sampling: a nested mapping, or a checkpoints folder.
@@ -92,7 +95,8 @@ class Trainer:
         steps_per_execution: steps that one dispatch makes at most; "auto" decides by a rule that gives the
             same answer each time, see `plan`.
         accumulate_steps: batches whose gradients are averaged before an update; a step is an update.
-        optimizer: any optax transformation in place of Adam. The metric `learning_rate` is what its state
+        optimizer: any optax transformation in place of Adam, or several by patterns of the parameters' paths,
+            `{"head/.*": optax.adamw(1e-3), ".*": None}`; None freezes. The metric `learning_rate` is what its state
             keeps (`optax.inject_hyperparams`), or else what the argument `learning_rate` says.
         compilation_cache: the folder in which compiled programs outlive the process; False for none; by default
             what `LEARNAX_COMPILATION_CACHE` says (a folder or "off"), or a folder among the user's caches.
@@ -104,6 +108,9 @@ class Trainer:
         shard_state: whether parameters and optimiser state are divided over the devices, and gathered where a step
             needs them: memory per device falls as the devices grow in number.
         val_dataset: one validation set, named `val`: how `val_datasets` was once given.
+        ema: the decay of an average of the parameters that is kept beside them, from 0 to 1, or a schedule of it,
+            `updates made -> decay`: `average = decay * average + (1 - decay) * parameters` after each update.
+        ema_eval: whether the average is what validation and samples see, and so what "best" is judged by.
         profile: steps that a profiler is to look at, `"cuda:100-110"`, `"trace:epoch 2"`, ...; see
             `learnax.profiling.windows.parse`. By default what `LEARNAX_PROFILE` says, or none.
 
@@ -129,7 +136,7 @@ class Trainer:
     def __init__(
         self,
         model: Any,
-        learning_rate: LearningRate,
+        learning_rate: LearningRate | None,
         losses: LossPipe | Callable[..., Any],
         seed: int,
         train_dataset: Any,
@@ -156,7 +163,7 @@ class Trainer:
         plot_pipe: Callable[..., Any] | None = None,
         plot_every: int = 1000,
         plot_model: Callable[[Any], Any] | None = None,
-        load_weights: bool = False,
+        load_weights: bool | str = False,
         sample_every: int | None = None,
         sample_model: Callable[..., Any] | None = None,
         sample_params: Any = None,
@@ -166,7 +173,7 @@ class Trainer:
         *,
         steps_per_execution: int | str = "auto",
         accumulate_steps: int = 1,
-        optimizer: optax.GradientTransformation | None = None,
+        optimizer: optax.GradientTransformation | Mapping[str, Any] | None = None,
         compilation_cache: str | os.PathLike[str] | bool | None = None,
         max_dropped: int | None = 100,
         max_seconds: float | None = None,
@@ -174,6 +181,8 @@ class Trainer:
         shard_state: bool = False,
         profile: str | None = None,
         val_dataset: Any = None,
+        ema: float | Callable[[Any], Any] | None = None,
+        ema_eval: bool = True,
     ):
         given = dict(locals())
         del given["self"]
@@ -198,6 +207,7 @@ class Trainer:
         """
         self.loop.run(self.epoch)
         self.log.conclude(self.ledger)
+        self.sync_model()
         return self.run
 
     def epoch(self, epoch: int) -> None:
@@ -207,6 +217,10 @@ class Trainer:
             epoch: its number, from 0. The epoch that the run stands in goes on where it stopped.
         """
         self.loop.epoch(epoch)
+
+    def sync_model(self) -> None:
+        """Puts the trained parameters, and what the model carries on, into the user's own module, if that is NNX."""
+        self.parts.sync()
 
     def preflight(self) -> Preflight:
         """Finds out what the run will take, by a few steps, a batch of each validation, and a save that is read again.
@@ -311,7 +325,7 @@ class Trainer:
         Returns:
             `(loss, (outputs, loss, metrics))`: means over the data, outputs of each.
         """
-        return self.programs.loss(params, keys, batch, self._step(step))
+        return self.programs.loss(self.train_state, params, keys, batch, self._step(step))
 
     def grad(
         self, params: PyTree, keys: jax.Array, batch: PyTree, step: Any = None
@@ -328,7 +342,7 @@ class Trainer:
             `(gradients, (outputs, loss, metrics))`, all with a leading device axis; all but the outputs are
             means over the devices.
         """
-        return self.programs.grad(params, keys, batch, self._step(step))
+        return self.programs.grad(self.train_state, params, keys, batch, self._step(step))
 
     def update(
         self, rng: jax.Array, state: TrainState, batch: Any, step: Any = None

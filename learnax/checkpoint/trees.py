@@ -77,8 +77,8 @@ def as_state(leaves: Names, target: TrainState | None, path: Path, *, old: bool 
         return TrainState(**{**fields, "step": int(leaves["step"])})
     wanted = target.trees()
     names = named(wanted)
-    # A target without an optimiser's state asks for the rest alone; what else it lacks, its model does not carry.
-    looked_at = {*wanted, *TrainState._fields} - {"step", *(["opt_state"] if target.opt_state is None else [])}
+    # A target without an optimiser's state asks for what it has alone; of another one, what it lacks is not carried.
+    looked_at = set(wanted) if target.opt_state is None else {*wanted, *TrainState._fields} - {"step"}
     saved = {name: leaf for name, leaf in leaves.items() if name.split("/")[0] in looked_at}
     structure: Any = jax.tree.structure(wanted)
     differences = _differences(saved, names)

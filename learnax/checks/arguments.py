@@ -13,10 +13,11 @@ from typing import Any, ParamSpec
 import jax
 import numpy as np
 
-from learnax.checks.parts import check_devices, check_functions, check_model_type, check_registry, check_run
-from learnax.checks.rates import check_optimizer_type, checked_rate, number_of
+from learnax.checks.parts import check_devices, check_functions, check_registry, check_run
+from learnax.checks.rates import check_ema, check_optimizer_type, checked_rate, number_of
 from learnax.checks.texts import short
 from learnax.engine import check_compiling
+from learnax.models import as_model
 from learnax.profiling.windows import VARIABLE, Window, parse
 from learnax.step import AXIS
 
@@ -26,8 +27,8 @@ _COUNTS = ("num_epochs", "batch_size", "accumulate_steps")
 _CADENCES = ("save_every", "checkpoint_every", "plot_every", "val_every", "sample_every")
 _LIMITS = ("max_checkpoints", "max_dropped", "sample_batch_size")
 _FLAGS = (
-    *("keep_best_checkpoint", "minimize_metric", "load_weights", "compile", "single_datum", "single_batch"),
-    *("train_only", "shard_state"),
+    *("keep_best_checkpoint", "minimize_metric", "compile", "single_datum", "single_batch"),
+    *("train_only", "shard_state", "ema_eval"),
 )
 _NEEDS = {
     "plot_model": "plot_pipe",
@@ -52,15 +53,12 @@ def checked(build: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(build)
     def init(*args: P.args, **kwargs: P.kwargs) -> None:
+        # It has a place among the first arguments, and with an optimizer it may be left out all the same.
+        if kwargs.get("optimizer") is not None and len(args) < 3:
+            kwargs.setdefault("learning_rate", None)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
-            if kwargs.get("optimizer") is not None and "learning_rate" not in kwargs and len(args) < 3:
-                raise TypeError(
-                    "learning_rate is missing: it is needed with an optimizer, too. Give the number or the schedule "
-                    "that the optimizer was made with, optimizer=optax.adamw(1e-3), learning_rate=1e-3 for instance: "
-                    "where the optimizer's state does not keep its rate, that is what the metric learning_rate shows"
-                ) from None
             return build(*args, **kwargs)  # Python's own text says what is missing or too many
         bound.apply_defaults()
         bound.arguments.update(check_arguments(bound.arguments))
@@ -99,7 +97,8 @@ def check_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     values["num_workers"] = _whole("num_workers", given["num_workers"], least=0, hint="; 0 reads in this process")
     values["seed"] = _seed(given["seed"])
-    values["learning_rate"] = checked_rate(given["learning_rate"])
+    if given["learning_rate"] is not None or given["optimizer"] is None:
+        values["learning_rate"] = checked_rate(given["learning_rate"])
     values["max_grad"] = _above_zero(
         "max_grad", given["max_grad"], "a number above 0", "; float('inf') never scales a gradient"
     )
@@ -113,7 +112,13 @@ def check_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     if sample is not None and sample > batch:
         raise ValueError(f"sample_batch_size {sample} is more than the {batch} data of a batch")
     check_optimizer_type(given["optimizer"])
-    check_model_type(given["model"])
+    if given["load_weights"] not in (True, False, None, "ema"):
+        raise TypeError(
+            f"load_weights must be True, False, or 'ema' for the average of the parameters, but is "
+            f"{short(given['load_weights'])}"
+        )
+    check_ema(given["ema"])
+    as_model(given["model"])
     check_functions(given)
     check_run(given["run"], given["registry"])
     check_registry(given["registry"])

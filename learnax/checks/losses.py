@@ -26,6 +26,7 @@ from learnax.checks.texts import (
     what_is,
 )
 from learnax.loss import KEY_NAMES, Losses, LossPipe
+from learnax.metrics import Amount, Max, Mean, Min, Sum, Terms, terms_of
 from learnax.utils import PyTree
 from learnax.utils.leaves import is_array
 
@@ -41,12 +42,16 @@ class Seen:
         split: the dataset's name.
         datum: the model's arguments, as losses see them.
         output: the model's output, or its shapes.
+        batched: whether that is a device's share of a batch, and not one datum.
+        rows: data in the share.
         told: errors whose text is complete.
     """
 
     split: str
     datum: list[Any]
     output: PyTree
+    batched: bool = False
+    rows: int = 1
     told: list[BaseException] = dataclasses.field(default_factory=list)
 
 
@@ -122,9 +127,10 @@ def _told(seen: Seen, error: Exception) -> Exception:
 
 
 def _failure_text(name: str, losses: Losses, seen: Seen, output: PyTree, error: BaseException) -> str:
+    what = "batch" if seen.batched else "datum"
     lines = [
-        f"{name} failed on a datum of {seen.split!r}: {raised(error)}",
-        "losses get (output, datum), where datum is always a list, that of the model's arguments:",
+        f"{name} failed on a {what} of {seen.split!r}: {raised(error)}",
+        f"losses get (output, {what}), where {what} is always a list, that of the model's arguments:",
         structure_of(seen.datum, "datum"),
         structure_of(output, "output"),
     ]
@@ -135,7 +141,8 @@ def _failure_text(name: str, losses: Losses, seen: Seen, output: PyTree, error: 
             [*lines, "a loss returns (output, loss, metrics), and so does its _call: return output, loss, {}"]
         )
     lines.append(f"take it apart by: {_reading(seen.datum)}")
-    lines += [_RESHAPE] if _has_rows(seen, output) else value_lines(error, "the losses are", seen.datum)
+    reshaped = _has_rows(seen, output) and not seen.batched
+    lines += [_RESHAPE] if reshaped else value_lines(error, "the losses are", seen.datum)
     return "\n".join(lines)
 
 
@@ -198,21 +205,60 @@ def _wrong_result(name: str, losses: Losses, seen: Seen, result: Any) -> str | N
             return f"{text}\n{_definition(losses, seen)}"
         return f"{text}; {_return_line(result)}"
     _, loss, metrics = result
-    if not is_array(loss) or jnp.shape(loss) != ():
-        return f"{name}: the loss of one datum must be a scalar, but {_has(loss)}{_reducing(seen, loss)}"
-    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        return (
-            f"{name}: the loss of one datum must be a float, to have a gradient, but is {jnp.result_type(loss)}; a "
-            "count or an accuracy is a metric, and jnp.float32(...) makes a float of a number"
-        )
+    wrong = _wrong_loss(name, seen, loss)
+    if wrong:
+        return wrong
     if not isinstance(metrics, Mapping):
         hint = "write {} where there are none" if metrics is None else 'write {"error": error}, a name for each'
         return f"{name}: metrics, the third of what they return, must be a dict, but is {what_is(metrics)}; {hint}"
     for key, value in metrics.items():
         if not isinstance(key, str):
             return f"{name}: a metric's name must be text, but is {short(key)}; write {str(key)!r}, or what it measures"
-        if not is_array(value) or jnp.shape(value) != ():
-            return f"{name}: metric {key!r} of one datum must be a scalar, but {_has(value)}{_reducing(seen, value)}"
+        if isinstance(value, Terms):
+            return f"{name}: metric {key!r} is a sum of several amounts, which a loss may be; report each by itself"
+        wrong = _wrong_value(f"{name}: metric {key!r}", seen, value)
+        if wrong:
+            return wrong
+    return None
+
+
+def _wrong_loss(name: str, seen: Seen, loss: Any) -> str | None:
+    """What is wrong with a loss, term by term."""
+    of = "" if seen.batched else " of one datum"
+    for term in terms_of(loss):
+        if isinstance(term, (Max, Min)):
+            return (
+                f"{name}: the loss must be a number, or a Mean or Sum of learnax.metrics, but is a "
+                f"{type(term).__name__}, which is for metrics"
+            )
+        wrong = _wrong_value(f"{name}: the loss", seen, term)
+        if wrong:
+            return wrong
+        value = term.total if isinstance(term, (Mean, Sum)) else term
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            return (
+                f"{name}: the loss{of} must be a float, to have a gradient, but is {jnp.result_type(value)}; a "
+                "count or an accuracy is a metric, and jnp.float32(...) makes a float of a number"
+            )
+    return None
+
+
+def _wrong_value(what: str, seen: Seen, value: Any) -> str | None:
+    """What is wrong with a number, or an amount of learnax.metrics."""
+    for leaf in jax.tree.leaves(value, is_leaf=lambda leaf: leaf is None) if isinstance(value, Amount) else [value]:
+        shapes = [(), (seen.rows,)] if seen.batched else [()]
+        if is_array(leaf) and jnp.shape(leaf) in shapes:
+            continue
+        if seen.batched:
+            return (
+                f"{what} of a batch must be ({seen.rows},), a number for each datum, or one for all of them, but "
+                f"{_has(leaf)}; reduce what is of one datum, with .mean(axis=-1) for one"
+            )
+        return f"{what} of one datum must be a scalar, but {_has(leaf)}{_reducing(seen, leaf)}"
+    if isinstance(value, Mean) and not isinstance(value.weight, jax.core.Tracer):
+        weight = np.asarray(value.weight)
+        if not (weight >= 0).all():
+            return f"{what} has the weight {weight}, but a weight is 0 or more"
     return None
 
 

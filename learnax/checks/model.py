@@ -16,19 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from learnax.checks.losses import Seen, check_signature, watched
-from learnax.checks.optimizer import check_optimizer
+from learnax.checks.optimizer import checked_optimizer
 from learnax.checks.settings import Settings
 from learnax.checks.texts import names_axis, raised, structure_of, value_lines
 from learnax.data import FirstDatum
-from learnax.models.linen import params_of
-from learnax.models.streams import asked_streams, init_variables, lifted_streams
-from learnax.step import datum_loss, with_axis
+from learnax.metrics import terms_of
+from learnax.models import BATCH_AXIS, MODES, Adapter, Model
+from learnax.step import AXIS, datum_loss, initial, is_weighted, share_loss, with_axis
 from learnax.utils import PyTree, leaves_by_path
 
 T = TypeVar("T")
-
-_MODES = ("train", "training", "is_training", "deterministic", "use_running_average", "eval")
-"""What models call an argument that is no datum, but says how they run."""
 
 _logger = logging.getLogger("learnax")
 
@@ -37,69 +34,170 @@ class Traced(NamedTuple):
     """What tracing a model and its losses tells.
 
     Attributes:
-        asked: random streams that the model draws from.
-        streams: those of them that need a key of their own, see `learnax.models.streams.lifted_streams`.
+        model: the model, with what was found out about it kept.
+        optimizer: the optimiser, as one of this model's parameters.
+        asked: random streams that the model draws from in evaluation.
         metrics: their names.
         mapped: whether user code names the mapped axis `"devices"`.
         primitives: names of the JAX primitives that it is made of.
+        weighted: whether the loss has weights.
+        by_datum: whether losses and metrics are given for each datum.
     """
 
+    model: Model
+    optimizer: Any
     asked: tuple[str, ...]
-    streams: tuple[str, ...]
     metrics: tuple[str, ...]
     mapped: bool
     primitives: frozenset[str]
+    weighted: bool
+    by_datum: bool
 
 
-def check_model(settings: Settings, data: Mapping[str, FirstDatum]) -> Traced:
+def check_model(settings: Settings, data: Mapping[str, FirstDatum], rows: int) -> Traced:
     """Traces model, losses and a user's optimiser on the first datum of each split, without computing anything.
 
     Args:
         settings: the trainer's arguments: model, losses, optimiser, seed.
         data: split -> its first datum; the model is initialised on that of `train`.
+        rows: data of a device's share, which a batched model sees at once.
 
     Raises:
         ValueError: the model, the losses or the optimiser cannot take what they get; it is in the text.
         TypeError: parameters that have no gradient; losses that return something else than they are to; an optimiser
             that asks for more than there is.
     """
-    model, losses = settings.model, settings.losses
-    check_signature(losses)
-    names: list[str] = []
-    streams: dict[str, tuple[str, ...]] = {}
-    primitives: set[str] = set()
-    key = jax.random.key(settings.seed)
-    first = data["train"].arguments
+    check_signature(settings.losses)
+    trace = _Trace(settings, data, rows)
+    axes = [AXIS] if settings.adapter.batched else [AXIS, BATCH_AXIS]
+    while True:
+        try:
+            return trace()
+        except NameError as error:
+            axis = names_axis(error)
+            if axis not in axes or axis in trace.around:
+                raise
+            trace.around.append(axis)
 
-    def trace() -> jax.Array:
-        step = jnp.zeros((), jnp.int32)
-        variables = _model_fits(
-            "train", model, first, first, lambda: jax.eval_shape(functools.partial(init_variables, model), key, first)
-        )
-        params = params_of(variables)
+
+class _Trace:
+    """Traces a model and its losses, inside the axes that user code names.
+
+    Args:
+        settings: see `check_model`.
+        data: see `check_model`.
+        rows: see `check_model`.
+
+    Attributes:
+        around: the axes' names, inner ones first.
+    """
+
+    def __init__(self, settings: Settings, data: Mapping[str, FirstDatum], rows: int):
+        self._settings = settings
+        self._data = data
+        self._rows = rows
+        self.around: list[str] = []
+
+    def __call__(self) -> Traced:
+        """Looks at all of it."""
+        found: list[Traced] = []
+
+        def look() -> jax.Array:
+            found.append(self._look())
+            return jnp.zeros(())
+
+        traced: Callable[[], Any] = look
+        for name in self.around:
+            traced = functools.partial(with_axis, traced, name)
+        traced()
+        return found[-1]
+
+    def fresh(self) -> tuple[PyTree, PyTree]:
+        """The shapes of parameters and of what the model carries on."""
+        model, key = self._settings.adapter, jax.random.key(self._settings.seed)
+        first = self._data["train"].arguments
+        made = model.made()
+        look = lambda: jax.eval_shape(functools.partial(initial, model), key, first)  # noqa: E731
+        return jax.eval_shape(lambda: made) if made is not None else _model_fits("train", model, first, first, look)
+
+    def _look(self) -> Traced:
+        settings = self._settings
+        params, model_state = self.fresh()
         _check_params(params)
+        optimizer = settings.optimizer
         if not settings.own_optimizer:
-            check_optimizer(settings.optimizer, params)
-        for split, (arguments, _) in data.items():
-            look = functools.partial(asked_streams, model, params, arguments)
-            asked, output = _model_fits(split, model, arguments, first, look)
+            optimizer = checked_optimizer(optimizer, params)
+        model, first = settings.adapter, self._seen("train")
+        asked: tuple[str, ...] = ()
+        names: dict[str, None] = {}
+        primitives: set[str] = set()
+        weighted, by_datum = False, True
+        for split in self._data:
+            arguments = self._seen(split)
+            look = functools.partial(model.ready, params, model_state, *arguments)
+            ready, drawn, output = _model_fits(split, model, arguments, first, look)
             if split == "train":
-                streams["asked"], streams["own"] = asked, lifted_streams(model, params, arguments, asked)
-            watching = watched(losses, Seen(split, arguments, output))
-            loss_of = functools.partial(datum_loss, model, watching, streams=streams["own"])
-            traced = jax.make_jaxpr(loss_of, return_shape=True)(params, key, arguments, step)
-            names.extend(name for name in traced[1][2] if name not in names)
-            primitives.update(_primitives(traced[0].jaxpr))
-        return step
+                model, asked = ready, drawn
+            watching = watched(settings.losses, Seen(split, arguments, output, model.batched, self._rows))
+            loss_of = functools.partial(share_loss if model.batched else datum_loss, model, watching)
+            key, step = jax.random.key(settings.seed), jnp.zeros((), jnp.int32)
+            training = functools.partial(loss_of, training=True)
+            jaxpr, shapes = jax.make_jaxpr(training, return_shape=True)(params, model_state, key, arguments, step)
+            names |= dict.fromkeys(shapes[2])
+            weighted |= is_weighted(shapes[1])
+            by_datum &= not model.batched or all(map(self._is_by_datum, (shapes[1], *shapes[2].values())))
+            primitives.update(_primitives(jaxpr.jaxpr))
+            if model_state is not None and not model.batched:
+                self._check_carried(model, params, model_state, key, arguments)
+        axes = AXIS in self.around
+        return Traced(model, optimizer, asked, tuple(names), axes, frozenset(primitives), weighted, by_datum)
 
-    try:
-        trace()
-        return Traced(streams["asked"], streams["own"], tuple(names), False, frozenset(primitives))
-    except NameError as error:
-        if not names_axis(error):
-            raise
-    with_axis(trace)
-    return Traced(streams["asked"], streams["own"], tuple(names), True, frozenset(primitives))
+    def _seen(self, split: str) -> list[Any]:
+        """A split's first datum as the model sees it: a batched one, as a share of its like."""
+        arguments = self._data[split].arguments
+        if not self._settings.adapter.batched:
+            return arguments
+        shape = lambda leaf: jax.ShapeDtypeStruct((self._rows, *jnp.shape(leaf)), jnp.result_type(leaf))  # noqa: E731
+        return jax.tree.map(shape, arguments)
+
+    def _is_by_datum(self, value: Any) -> bool:
+        """Whether a loss or metric of a share is given for each datum of it."""
+        numbers = [next(iter(jax.tree.leaves(term))) for term in terms_of(value)]
+        return all(number.shape == (self._rows,) for number in numbers)
+
+    def _check_carried(
+        self, model: Model, params: PyTree, model_state: PyTree, key: jax.Array, datum: list[Any]
+    ) -> None:
+        """Raises ValueError where what the model carries on differs between data, by name."""
+        data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *jnp.shape(leaf)), jnp.result_type(leaf)), datum)
+        keys = jax.eval_shape(lambda: jax.random.split(key, 2))
+
+        def after(params: PyTree, model_state: PyTree, keys: jax.Array, data: list[Any], chosen: int | None) -> Any:
+            def one(key: jax.Array, datum: list[Any]) -> Any:
+                state = model.apply(params, model_state, key, *datum, training=True)[1]
+                return state if chosen is None else jax.tree.leaves(state)[chosen]
+
+            return jax.vmap(one, out_axes=None, axis_name=BATCH_AXIS)(keys, data)
+
+        def fits(chosen: int | None) -> bool:
+            try:
+                jax.eval_shape(functools.partial(after, chosen=chosen), params, model_state, keys, data)
+            except ValueError as error:
+                if "out_axes" not in str(error):
+                    raise
+                return False
+            return True
+
+        if fits(None):
+            return
+        wrong = [path for number, path in enumerate(leaves_by_path(model_state)) if not fits(number)]
+        layers = dict.fromkeys(path.rpartition("/")[0] for path in wrong)
+        raise ValueError(
+            f"what the model carries on differs between the data of a batch, in {', '.join(layers)}: it sees one datum "
+            "at a time, so statistics of a batch need its axis. Either let the layers take their means over it, "
+            f"nn.BatchNorm(..., axis_name={BATCH_AXIS!r}), or let the model see whole batches, "
+            "model=learnax.models.Linen(module, batched=True), with losses that do so, too"
+        )
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
@@ -125,7 +223,7 @@ def _check_params(params: PyTree) -> None:
         )
 
 
-def _model_fits(split: str, model: Any, datum: list[Any], first: list[Any], trace: Callable[[], T]) -> T:
+def _model_fits(split: str, model: Model, datum: list[Any], first: list[Any], trace: Callable[[], T]) -> T:
     """What tracing the model gives; a ValueError with the datum where it fails."""
     try:
         return trace()
@@ -133,41 +231,58 @@ def _model_fits(split: str, model: Any, datum: list[Any], first: list[Any], trac
         if names_axis(error):
             raise
         count = f"{len(datum)} argument{'s' * (len(datum) != 1)}"
+        what = "batch" if model.batched else "datum"
+        user = getattr(model, "module", model)
         lines = [
-            f"the model {type(model).__name__} cannot take a datum of {split!r}, of this structure ({count}):",
+            f"the model {type(user).__name__} cannot take a {what} of {split!r}, of this structure ({count}):",
             structure_of(datum),
             *(_signature_lines(model, datum) or _inside_lines(model, datum, first, error)),
         ]
         raise ValueError("\n".join(lines)) from error
 
 
-def _signature_lines(model: Any, datum: list[Any]) -> list[str]:
+def _signature_lines(model: Model, datum: list[Any]) -> list[str]:
     """What to write where the number of arguments is not that of the model's `__call__`; nothing where it is."""
-    try:
-        signature = inspect.signature(model.__call__)
-    except (AttributeError, TypeError, ValueError):
+    if not isinstance(model, Adapter):
         return []
     try:
-        signature.bind(*datum)
+        signature = inspect.signature(model.called)
+    except (AttributeError, TypeError, ValueError):
+        return []
+    taken = model.taken(datum)
+    parameters = [p for p in signature.parameters.values() if p.name not in model.train]
+    written = ", ".join(map(_written, signature.parameters.values()))
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for name, given in (("train", model.train), ("eval", model.eval)):
+            unknown = [key for key in given if key not in signature.parameters]
+            if unknown:
+                return [f"{name}={given} gives it {', '.join(unknown)}, but its __call__ takes ({written})"]
+    try:
+        signature.bind(*taken, **model.train)
         return []
     except TypeError:
         pass
-    positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    takes = f"but its __call__ takes {len(positional)}, ({', '.join(map(_written, signature.parameters.values()))})"
-    if len(datum) > len(positional):
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes = f"but its __call__ takes {len(positional)}, ({written})"
+    if len(taken) > len(positional):
         names = [_written(p) for p in positional]
-        names += [f"{name}=None" for name in _new_names(len(datum) - len(positional), list(signature.parameters))]
+        names += [f"{name}=None" for name in _new_names(len(taken) - len(positional), list(signature.parameters))]
         return [
             takes,
             "a datum that is a list is spread over the model's arguments, so the label goes there as well; write",
             f"  def __call__(self, {', '.join(names)}):",
             'or make each datum a dict, {"image": x, "label": y}: the model then takes that as one argument',
         ]
-    own = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    missing = [p.name for p in own if p.default is p.empty][len(datum) :]
-    if any(name in _MODES for name in missing):
-        mode = next(name for name in missing if name in _MODES)
-        return [takes, f"the model gets the datum alone, so {mode} needs a default, {mode}=True for instance"]
+    own = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    missing = [p.name for p in own if p.default is p.empty][len(taken) :]
+    modes = [name for name in missing if name in MODES]
+    if modes:
+        mode = modes[0]
+        return [
+            takes,
+            f"the model gets the datum alone, so {mode} needs a default, {mode}=True for instance, or "
+            f"model=learnax.models.Linen(module, train={{{mode!r}: ...}}, eval={{{mode!r}: ...}}) says what it is",
+        ]
     return [
         takes,
         f"so {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: a datum that is a list, [x, y], is "
@@ -186,13 +301,13 @@ def _written(parameter: inspect.Parameter) -> str:
     return parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
 
 
-def _inside_lines(model: Any, datum: list[Any], first: list[Any], error: BaseException) -> list[str]:
+def _inside_lines(model: Model, datum: list[Any], first: list[Any], error: BaseException) -> list[str]:
     """What went wrong inside the model, and what a datum is to it."""
     layer = _layer(error)
     lines = [raised(error)]
-    taken = list(inspect.signature(model.__call__).parameters)[: len(datum)] if callable(model) else []
+    taken = list(inspect.signature(model.called).parameters)[: len(datum)] if isinstance(model, Adapter) else []
     for place, name in enumerate(taken):
-        if name in _MODES:
+        if isinstance(model, Adapter) and model.inputs == "all" and name in MODES and name not in model.train:
             return [*lines, f"its argument {name} gets [{place}] of the datum: give it a place behind, and a default"]
     if datum is not first:
         return [*lines, "while it takes a datum of 'train':", structure_of(first)]
@@ -208,6 +323,8 @@ def _inside_lines(model: Any, datum: list[Any], first: list[Any], error: BaseExc
     if layer.startswith("Conv") and any(np.ndim(leaf) == 2 for leaf in jax.tree.leaves(datum)):
         lines.append(f"{layer} takes an image of (height, width, channels): of one channel, give it x[..., None]")
     one = "a model sees one datum at a time, without a batch axis: x.reshape(-1), not x.reshape(x.shape[0], -1)"
+    if model.batched:
+        one = "a batched model sees a device's share of a batch, leaves (n, ...): x.reshape(x.shape[0], -1)"
     return [*lines, *(value_lines(error, "the model is", datum) or [one])]
 
 
@@ -222,7 +339,8 @@ def tell_random(streams: Sequence[str]) -> None:
     """Says that validation draws random numbers, and how it can do without."""
     _logger.warning(
         "the model draws random numbers in validation as in training, from %s: dropout, for one, is not switched off. "
-        "Where that is not meant, let each datum say which it is, [x, y, training], and the model choose: "
-        "jnp.where(training, nn.Dropout(0.5, deterministic=False)(x), x)",
+        "Where that is not meant, say how the model is called in each mode: "
+        "model=learnax.models.Linen(module, train={'train': True}, eval={'train': False}) for one that has "
+        "nn.Dropout(0.5, deterministic=not train)",
         ", ".join(map(repr, streams)),
     )

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -15,31 +14,6 @@ from learnax.checks.texts import short
 from learnax.registry import Registry
 
 _FUNCTIONS = ("losses", "save_model", "plot_pipe", "plot_model", "sample_model", "sample_plot", "sample_metrics")
-_OTHER_MODELS = {
-    "flax.nnx": "a flax nnx module; write flax.nnx.bridge.to_linen(nnx.Linear, 8, 8), the class and its arguments "
-    "without rngs, for one that has parameters alone",
-    "equinox": "an equinox module; write its layers as a flax linen module",
-    "haiku": "a haiku module; write its layers as a flax linen module",
-    "torch": "a torch module; write its layers as a flax linen module",
-    "keras": "a keras model; write its layers as a flax linen module",
-}
-"""Packages whose models are no linen modules, and what to do with one."""
-
-
-def check_model_type(model: Any) -> None:
-    """Raises TypeError for a model that is no flax linen module, or its class."""
-    if isinstance(model, type):
-        raise TypeError(
-            f"model must be a flax linen module, but is the class {model.__name__}; write {model.__name__}(), with "
-            "its fields in the parentheses"
-        )
-    modules = [cls.__module__ for cls in type(model).__mro__ if not isinstance(model, nn.Module)]
-    for package, what in _OTHER_MODELS.items():
-        if any(f"{module}.".startswith(f"{package}.") for module in modules):
-            raise TypeError(f"model must be a flax linen module (flax.linen.Module) for now, but is {what}")
-    for name in ("init", "apply"):
-        if not callable(getattr(model, name, None)):
-            raise TypeError(f"model must be a flax linen module, but is {short(model)}; it has no {name}")
 
 
 def check_functions(given: Mapping[str, Any]) -> None:

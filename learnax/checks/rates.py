@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -90,6 +92,9 @@ def check_optimizer_type(optimizer: Any) -> None:
     """Raises TypeError for what is no optax transformation."""
     if optimizer is None or (is_transformation(optimizer) and not isinstance(optimizer, type)):
         return
+    if isinstance(optimizer, Mapping) and optimizer:
+        _check_patterns(optimizer)
+        return
     hint = ""
     if callable(optimizer):
         hint = f"; write what it makes, optimizer={_made_by(optimizer)} for instance"
@@ -100,6 +105,44 @@ def check_optimizer_type(optimizer: Any) -> None:
     elif isinstance(optimizer, (list, tuple)):
         hint = "; several become one by optax.chain(...)"
     raise TypeError(f"optimizer must be an optax transformation, with init and update, but is {short(optimizer)}{hint}")
+
+
+def _check_patterns(patterns: Mapping[Any, Any]) -> None:
+    for pattern, part in patterns.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"optimizer: a pattern must be text, 'head/.*' for instance, but is {short(pattern)}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"optimizer: the pattern {pattern!r} is no regular expression: {error}") from error
+        if part is not None and (not is_transformation(part) or isinstance(part, type)):
+            raise TypeError(
+                f"optimizer: what {pattern!r} is trained by must be an optax transformation, or None for frozen, but "
+                f"is {short(part)}"
+            )
+
+
+def check_ema(ema: Any) -> None:
+    """Raises an error for a decay of the parameters' average that is none.
+
+    Raises:
+        TypeError: neither a number nor a schedule.
+        ValueError: outside 0 to 1.
+    """
+    if ema is None:
+        return
+    wanted = "ema must be a decay from 0 to 1, 0.999 for instance, or a schedule `updates made -> decay`,"
+    value = ema
+    if callable(ema):
+        try:
+            value = ema(0)
+        except Exception as error:
+            raise TypeError(f"{wanted} but {name_of(ema)}(0) failed: {type(error).__name__}: {error}") from error
+    number = number_of(value)
+    if number is None:
+        raise TypeError(f"{wanted} but {'returns' if callable(ema) else 'is'} {short(value)}")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{wanted} but {'returns' if callable(ema) else 'is'} {number:g}")
 
 
 def _made_by(function: Any) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from learnax.loss import LossPipe
+from learnax.models import Model, as_model
 from learnax.registry import Registry
-from learnax.step import LearningRate, adam
+from learnax.step import ByPattern, LearningRate, adam
 from learnax.utils import PyTree
 
 _SINGLE_BATCH_STEPS = 1000
@@ -27,10 +28,11 @@ class Settings:
     Attributes:
         given: the arguments as they were given.
         own_optimizer: whether the optimiser is the default one.
+        adapter: the model, as one of `learnax.models`.
     """
 
     model: Any
-    learning_rate: LearningRate
+    learning_rate: LearningRate | None
     losses: LossPipe | Callable[..., Any]
     seed: int
     train_dataset: Any
@@ -57,7 +59,7 @@ class Settings:
     plot_pipe: Callable[..., Any] | None
     plot_every: int
     plot_model: Callable[[Any], Any] | None
-    load_weights: bool
+    load_weights: bool | str
     sample_every: int | None
     sample_model: Callable[..., Any] | None
     sample_params: Any
@@ -74,8 +76,11 @@ class Settings:
     shard_state: bool
     profile: str | None
     val_dataset: Any
+    ema: float | Callable[[Any], Any] | None
+    ema_eval: bool
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     own_optimizer: bool = True
+    adapter: Model = dataclasses.field(init=False, repr=False)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
@@ -84,7 +89,11 @@ class Settings:
         settings.given = given
         settings.own_optimizer = settings.optimizer is None
         if settings.own_optimizer:
+            assert settings.learning_rate is not None  # checked before
             settings.optimizer = adam(settings.learning_rate)
+        elif isinstance(settings.optimizer, Mapping):
+            settings.optimizer = ByPattern(settings.optimizer)
+        settings.adapter = as_model(settings.model)
         settings.train_only = settings.train_only or settings.single
         return settings
 

@@ -16,7 +16,6 @@ import numpy as np
 import optax
 
 import learnax
-from learnax.step import AXIS
 from learnax.utils import PyTree, describe
 
 _LINES = 5
@@ -85,9 +84,12 @@ def raised(error: BaseException) -> str:
     return text
 
 
-def names_axis(error: BaseException) -> bool:
-    """Whether user code names the mapped axis where there is none: another trace has it."""
-    return isinstance(error, NameError) and AXIS in str(error)
+def names_axis(error: BaseException) -> str | None:
+    """The mapped axis that user code names where there is none; another trace may have it."""
+    if not isinstance(error, NameError):
+        return None
+    found = re.search(r"unbound axis name: (\w+)", str(error))
+    return found[1] if found else None
 
 
 LOOKED_AT = (

@@ -56,7 +56,7 @@ class Loader:
         self.room = room
         self._group = group
         self._put = put
-        size = len(dataset)
+        self.size = size = len(dataset)
         stop = size if tail else size - size % (batch_size * group)
         first, last = share or (0, batch_size)
         self._ranges = Ranges(size, stop, batch_size, (first, last))
@@ -184,6 +184,7 @@ class Repeated:
         self._datum = datum
         self._put = put
         self.room = 1
+        self.size = length * loader.batch_size
         self._block: Block | None = None
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from learnax.profiling.costs import Costs, costs_of
 from learnax.profiling.phases import Phases
-from learnax.step import AXIS
+from learnax.step import AXIS, evaluated
 from learnax.utils import PyTree, is_key, key_data, leaves_by_path, like_key
 
 _logger = logging.getLogger("learnax")
@@ -74,6 +74,7 @@ class Kind:
         inputs: how each argument, or each of its leaves, lies on the devices.
         outputs: how each result does.
         donated: arguments whose buffers the program may reuse.
+        whole: whether the function is of all devices' data together, which XLA's partitioner divides.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Kind:
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     donated: tuple[int, ...] = ()
+    whole: bool = False
 
 
 Wanted = tuple[Kind, Hashable, tuple[Any, ...]]
@@ -140,6 +142,11 @@ class Engine:
     def params_layout(self) -> Any:
         """How the parameters lie."""
         return self.layout if self.layout == SAME else self.layout.params
+
+    @property
+    def evaluated_layout(self) -> Any:
+        """How a state lies that is evaluated, see `learnax.engine.programs.Programs.evaluated`."""
+        return self.layout if self.layout == SAME else evaluated(self.layout.params, self.layout)
 
     def put(self, tree: PyTree, spec: PartitionSpec) -> PyTree:
         """Starts the transfer of a tree to the devices; of what is split, each process gives its own part."""
@@ -274,7 +281,7 @@ class Engine:
             return kind.function(*args)
 
         function.__name__ = function.__qualname__ = kind.name
-        if self.layout == SAME and (self.mapped or len(self.devices) > 1):
+        if self.layout == SAME and not kind.whole and (self.mapped or len(self.devices) > 1):
             # Replication of the results is not checked by shard_map, as it is not by pmap: the step's own
             # means over the devices make it so, and the tests compare one device with several.
             function = jax.shard_map(

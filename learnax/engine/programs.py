@@ -12,9 +12,25 @@ import numpy as np
 
 from learnax.data import Block, FirstDatum, arranged, signature_of
 from learnax.engine import BATCHES, SAME, SPLIT, Engine, Kind, Wanted
-from learnax.step import AXIS, Recipe, Scalars, evaluate_many, gradients, mean_loss, train_many, update
+from learnax.step import (
+    AXIS,
+    Recipe,
+    Scalars,
+    evaluate_many,
+    evaluate_tail,
+    evaluated,
+    evaluation_params,
+    gradients,
+    has_own_evaluation,
+    mean_loss,
+    train_many,
+    update,
+)
 from learnax.step.state import TrainState
 from learnax.utils import PyTree
+
+Sums = list[tuple[Scalars, int, int]]
+"""Parts of losses and metrics, of how many batches (a row each), of how many data."""
 
 
 class Programs:
@@ -26,28 +42,33 @@ class Programs:
         room: steps at most in a dispatch.
         with_outputs: whether training gives the model's outputs.
         first: the first training datum, by which data given by hand are known.
+        by_average: whether the average of the parameters is what is evaluated, where there is one.
     """
 
-    def __init__(self, engine: Engine, recipe: Recipe, room: int, with_outputs: bool, first: FirstDatum):
+    def __init__(
+        self, engine: Engine, recipe: Recipe, room: int, with_outputs: bool, first: FirstDatum, by_average: bool = True
+    ):
         self._engine = engine
         self._first = first
         self._recipe = recipe
+        self._by_average = by_average
+        layout, seen = engine.layout, engine.evaluated_layout
         self._train = Kind(
             "train",
             functools.partial(train_many, recipe, room, with_outputs),
-            (engine.layout, SAME, BATCHES, SAME, SAME),
-            (engine.layout, SAME, SAME, SPLIT),
+            (layout, SAME, BATCHES, SAME, SAME),
+            (layout, SAME, SAME, SPLIT),
             donated=(0,),
         )
         self._evaluate = Kind(
             "evaluate",
             functools.partial(evaluate_many, recipe, room),
-            (engine.params_layout, SAME, SAME, BATCHES, SAME, SAME),
+            (seen, SAME, BATCHES, SAME, SAME),
             (SAME, SAME),
         )
         # Nothing is donated: the caller's state stays usable.
-        state = engine.layout
-        self._update = Kind("update", functools.partial(update, recipe), (state, SAME, SPLIT), (state, SAME, SPLIT))
+        self._update = Kind("update", functools.partial(update, recipe), (layout, SAME, SPLIT), (layout, SAME, SPLIT))
+        self._weights = Kind("weights", self._own_weights, (layout,), (engine.params_layout,), whole=True)
 
     def train(
         self, state: TrainState, seq: jax.Array, block: Block, start: int, count: int
@@ -56,13 +77,47 @@ class Programs:
         args = self._train_args(state, seq, block.device, start, count)
         return self._engine.program(self._train, block.signature, args)(*args)
 
-    def evaluate(self, state: TrainState, seq: jax.Array, block: Block) -> tuple[jax.Array, Scalars]:
-        """Dispatches the evaluation of a block; see `learnax.step.evaluate_many`."""
-        args = self._evaluate_args(state, seq, block.device, len(block), block.size)
-        return self._engine.program(self._evaluate, block.signature, args)(*args)
+    def evaluated(self, state: TrainState) -> TrainState:
+        """A training state as evaluation sees it: its average where that is on, or what its optimiser means for it."""
+        params, average = state.params, state.ema if self._by_average else None
+        if average is not None and all(jax.tree.leaves(jax.tree.map(lambda a, b: a.dtype == b.dtype, average, params))):
+            params = average
+        elif average is not None or has_own_evaluation(state.opt_state):
+            (params,) = self._engine.program(self._weights, (), (state,))(state)
+        return evaluated(params, state)
+
+    def evaluate(self, state: TrainState, seq: jax.Array, block: Block) -> tuple[jax.Array, Sums]:
+        """Dispatches the evaluation of a block; see `learnax.step.evaluate_many`.
+
+        Args:
+            state: see `evaluated`.
+            seq: the random sequence.
+            block: the data.
+
+        Returns:
+            The random sequence after it, and what the data come to.
+        """
+        sums: Sums = []
+        tail = 0 if self._recipe.by_datum else block.size % block.batch_size
+        size = block.size - tail
+        if size:
+            count = -(-size // block.batch_size)
+            args = self._evaluate_args(state, seq, block.device, count, size)
+            seq, scalars = self._engine.program(self._evaluate, block.signature, args)(*args)
+            sums.append((scalars, count, size))
+        if tail:
+            args = (state, seq, block.device, self._engine.scalar(size // block.batch_size))
+            program = self._engine.program(self._tail(tail), block.signature, args)
+            sums.append((*program(*args), 1, tail))
+        return seq, sums
 
     def prepare(
-        self, state: TrainState, seq: jax.Array, blocks: Mapping[str, PyTree], more: Iterable[Wanted] = ()
+        self,
+        state: TrainState,
+        seq: jax.Array,
+        blocks: Mapping[str, PyTree],
+        tails: Mapping[str, int],
+        more: Iterable[Wanted] = (),
     ) -> None:
         """Compiles what a run will need, side by side.
 
@@ -70,23 +125,31 @@ class Programs:
             state: the training state.
             seq: the random sequence.
             blocks: split -> the shapes of its blocks; all but `train` are evaluated.
+            tails: split -> data of its last batch, where that is not full.
             more: other programs.
         """
         wanted = list(more)
+        seen = evaluated(state.params, state)
         for name, block in blocks.items():
+            signature = signature_of(block)
             if name == "train":
-                wanted.append((self._train, signature_of(block), self._train_args(state, seq, block, 0, 1)))
-            else:
-                wanted.append((self._evaluate, signature_of(block), self._evaluate_args(state, seq, block, 1, 1)))
+                wanted.append((self._train, signature, self._train_args(state, seq, block, 0, 1)))
+                continue
+            wanted.append((self._evaluate, signature, self._evaluate_args(seen, seq, block, 1, 1)))
+            if tails[name] and not self._recipe.by_datum:
+                args = (seen, seq, block, self._engine.scalar(0))
+                wanted.append((self._tail(tails[name]), signature, args))
         self._engine.prepare(wanted)
 
-    def loss(self, params: PyTree, keys: jax.Array, batch: PyTree, step: Any) -> tuple[jax.Array, Any]:
-        """`learnax.step.mean_loss`, not compiled."""
-        return mean_loss(self._recipe, params, keys, self._first.wrap(batch), jnp.asarray(step, jnp.int32))
+    def loss(self, state: TrainState, params: PyTree, keys: jax.Array, batch: PyTree, step: Any) -> tuple[Any, Any]:
+        """`learnax.step.mean_loss`, not compiled; of the state, what the model carries on is taken."""
+        wrapped = self._first.wrap(batch)
+        return mean_loss(self._recipe, params, state.model_state, keys, wrapped, jnp.asarray(step, jnp.int32))
 
-    def grad(self, params: PyTree, keys: jax.Array, batch: PyTree, step: Any) -> tuple[PyTree, Any]:
+    def grad(self, state: TrainState, params: PyTree, keys: jax.Array, batch: PyTree, step: Any) -> tuple[PyTree, Any]:
         """`learnax.step.gradients` under `jax.pmap`: keys, batch and results have a leading device axis."""
-        return self._pmapped_gradients(params, keys, self._first.wrap(batch), jnp.asarray(step, jnp.int32))
+        wrapped = self._first.wrap(batch)
+        return self._pmapped_gradients(params, state.model_state, keys, wrapped, jnp.asarray(step, jnp.int32))
 
     def update(self, key: jax.Array, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array], Any]:
         """`learnax.step.update` of a batch given by hand.
@@ -107,7 +170,17 @@ class Programs:
     @functools.cached_property
     def _pmapped_gradients(self) -> Callable[..., Any]:
         function = functools.partial(gradients, self._recipe)
-        return jax.pmap(function, AXIS, in_axes=(None, 0, 0, None), devices=self._engine.devices)
+        return jax.pmap(function, AXIS, in_axes=(None, None, 0, 0, None), devices=self._engine.devices)
+
+    def _tail(self, size: int) -> Kind:
+        tail = functools.partial(evaluate_tail, self._recipe, self._engine.mapped, size)
+        name = f"evaluate a tail of {size}"
+        return Kind(name, tail, (self._engine.evaluated_layout, SAME, BATCHES, SAME), (SAME,), whole=True)
+
+    def _own_weights(self, state: TrainState) -> tuple[PyTree]:
+        if self._by_average and state.ema is not None:
+            return (jax.tree.map(lambda average, own: average.astype(own.dtype), state.ema, state.params),)
+        return (evaluation_params(state.params, state.opt_state),)
 
     def _train_args(
         self, state: TrainState, seq: jax.Array, batches: PyTree, start: int, count: int
@@ -119,4 +192,4 @@ class Programs:
         self, state: TrainState, seq: jax.Array, batches: PyTree, count: int, size: int
     ) -> tuple[Any, ...]:
         scalar = self._engine.scalar
-        return state.params, state.step, seq, batches, scalar(count), scalar(size)
+        return state, seq, batches, scalar(count), scalar(size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +28,8 @@ class Sampler(Every):
 
     Args:
         every: steps between samplings.
-        sample_model: `(params, key, datum) -> sample`, mapped over the data.
+        sample_model: `(params, key, datum) -> sample`, mapped over the data; one with a parameter `model_state` is
+            given there what the model carries on.
         sample_params: merged over the parameters, a nested mapping or None.
         sample_plot: `(run, samples, None)`, or None.
         sample_metrics: `(sample, datum) -> dict of scalars`, or None.
@@ -34,6 +37,7 @@ class Sampler(Every):
         seed: of the run; sampling takes nothing from its training sequence.
         run: handed on.
         engine: compiles the sampling.
+        evaluated: a training state as evaluation sees it: its parameters are what is sampled with.
         unwrap: turns stacked arguments into stacked data as the dataset gives them.
     """
 
@@ -48,6 +52,7 @@ class Sampler(Every):
         seed: int,
         run: Any,
         engine: Engine,
+        evaluated: Callable[[TrainState], TrainState],
         unwrap: Callable[[list[Any]], PyTree],
     ):
         super().__init__(every)
@@ -57,26 +62,35 @@ class Sampler(Every):
         self._size = size
         self._run = by_step(run)
         self._engine = engine
+        self._evaluated = evaluated
         self._unwrap = unwrap
+        stateful = "model_state" in inspect.signature(sample_model).parameters
 
-        def sample(params: PyTree, over: PyTree, step: jax.Array, data: PyTree) -> tuple[PyTree]:
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _SAMPLE_STREAM), step)
-            keys = jax.random.split(key, size)
-            return (jax.vmap(sample_model, in_axes=(None, 0, 0))(_merged(params, over), keys, data),)
+        def sample(state: TrainState, over: PyTree, data: PyTree) -> tuple[PyTree]:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _SAMPLE_STREAM), state.step)
+            keys, params = jax.random.split(key, size), _merged(state.params, over)
+            options = {"model_state": state.model_state} if stateful else {}
+            one = functools.partial(sample_model, **options)
+            return (jax.vmap(one, in_axes=(None, 0, 0))(params, keys, data),)
 
-        self._kind = Kind("sample", sample, (engine.params_layout, SAME, SAME, SAME), (SAME,))
+        self._kind = Kind("sample", sample, (engine.evaluated_layout, SAME, SAME), (SAME,))
 
     def wanted(self, state: TrainState, batch: list[Any]) -> Wanted:
-        """What to ask the engine for: the sampling of a batch, given as arguments or as their shapes."""
+        """What to ask the engine for: the sampling of a batch, given as arguments or as their shapes.
+
+        Args:
+            state: as evaluation sees it.
+            batch: arguments with leaves `(batch_size, ...)`.
+        """
         data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self._size, *leaf.shape[1:]), leaf.dtype), batch)
-        args = (state.params, self._params, state.step, self._unwrap(data))
-        return self._kind, signature_of(data), args
+        return self._kind, signature_of(data), (state, self._params, self._unwrap(data))
 
     def __call__(self, moment: Moment) -> Mapping[str, float]:
         """Samples once; returns the means of the samples' metrics."""
         data = self._unwrap(jax.tree.map(lambda leaf: leaf[: self._size], moment.batch))
-        program = self._engine.program(*self.wanted(moment.state, moment.batch))
-        (stacked,) = program(moment.state.params, self._params, moment.state.step, self._engine.put(data, SAME))
+        state = self._evaluated(moment.state)
+        program = self._engine.program(*self.wanted(state, moment.batch))
+        (stacked,) = program(state, self._params, self._engine.put(data, SAME))
         samples = tree_unstack(to_host(stacked))
         if self._plot is not None:
             self._plot(self._run, samples, None)

@@ -15,6 +15,7 @@ from learnax.engine.programs import Programs
 from learnax.hooks.hook import Every, Moment
 from learnax.log import Means
 from learnax.profiling.phases import Phases
+from learnax.step.state import TrainState
 
 _LAST_STREAM = 0x1A57
 """Folded into the random sequence for the validation of a last epoch that none was due in."""
@@ -64,7 +65,7 @@ class Validation:
             The means of each, and the random sequence after it.
         """
         regular = self._next_regular(moment.epoch) == moment.epoch + 1
-        keys = seq
+        keys, state = seq, self._programs.evaluated(moment.state)
         if not regular:
             # The last epoch is validated in any case, by keys beside the run's: one that is made longer later draws
             # what it would have drawn without.
@@ -72,7 +73,7 @@ class Validation:
             keys = fold(seq, np.uint32(_LAST_STREAM))
         means = {}
         for name, loader in self._loaders.items():
-            means[name], keys = self._evaluate(loader, moment, keys)
+            means[name], keys = self._evaluate(name, loader, state, keys)
         return means, keys if regular else seq
 
     def _next_regular(self, count: int) -> float:
@@ -80,12 +81,13 @@ class Validation:
         return Every(self._settings.val_every or 1).next_due(count - 1) + 1
 
     def _evaluate(
-        self, loader: Loader | Repeated, moment: Moment, seq: jax.Array
+        self, name: str, loader: Loader | Repeated, state: TrainState, seq: jax.Array
     ) -> tuple[dict[str, float], jax.Array]:
-        means = Means(self._engine.in_flight)
+        means = Means(name, self._engine.in_flight)
         with self._phases.validate:
             for block in self._phases.waiting(self._phases.validate_data, loader.blocks()):
-                seq, sums = self._programs.evaluate(moment.state, seq, block)
-                means.push(sums, len(block), block.size)
+                seq, sums = self._programs.evaluate(state, seq, block)
+                for scalars, count, size in sums:
+                    means.push(scalars, count, size)
                 self._stops.check()
             return means.result(), seq

@@ -19,7 +19,7 @@ from learnax.cluster.processes import Processes
 from learnax.log.sender import sender
 from learnax.profiling.ledger import Ledger
 from learnax.profiling.phases import Phases
-from learnax.step import NAN_DATA, Scalars
+from learnax.step import NAN_DATA, Part, Scalars
 
 _logger = logging.getLogger("learnax")
 _BULK = 16
@@ -118,7 +118,8 @@ class Log:
         self.rows = self._rows_before = self._dropped = self._dropped_before = self._in_a_row = 0
         self._batch_data = batch_data
         self._max_dropped = max_dropped
-        self._nan_told, self._why = False, ""
+        self._nan_told, self._why, self._wrong = False, "", ""
+        self._weightless: set[str] = set()
         self._shown = False
         self._sent: set[str] = set()
 
@@ -292,17 +293,37 @@ class Log:
         values = np.concatenate([np.asarray(dispatch.scalars.values)[: dispatch.steps] for dispatch in dispatches])
         self._on_their_way -= len(values)
         dropped = values[:, names.index("has_nan")]
+        if "overflow" in names:  # an update that the scale of the loss was too large for is made by no step, either
+            dropped = dropped + values[:, names.index("overflow")]
         steps = (self.step + np.cumsum(dropped == 0)).tolist()
+        names, values = self._without_weights(names, values, steps)
         for row in np.flatnonzero(values[:, names.index(NAN_DATA)])[: not self._nan_told]:
             self._tell_nan(steps[row], int(values[row, names.index(NAN_DATA)]))
-        for row in np.flatnonzero(dropped):
+        for row in np.flatnonzero(values[:, names.index("has_nan")]):
             self._why = _why_dropped(dict(zip(names, values[row].tolist(), strict=True)))
             self._tell_dropped(steps[row] + 1)
-        self._in_a_row = _trailing(dropped, self._in_a_row)
+        self._in_a_row = _trailing(values[:, names.index("has_nan")], self._in_a_row)
         self.step = steps[-1]
         seconds = [dispatch.seconds / dispatch.steps for dispatch in dispatches for _ in range(dispatch.steps)]
         values = np.column_stack([values, np.asarray(seconds, values.dtype)])
         return _Rows((*names, "update_time"), values, steps, epoch)
+
+    def _without_weights(
+        self, names: tuple[Any, ...], values: np.ndarray, steps: list[int]
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        """Metrics without the weights that they were divided by; tells of weights that are 0, NaN or negative."""
+        for place, name in enumerate(names):
+            if isinstance(name, str):
+                continue
+            column, (_, metric) = values[:, place], name
+            if np.isnan(column).any():
+                self._wrong = weight_text(f"step {steps[int(np.isnan(column).argmax())] + 1}", metric)
+            elif (column == 0).any() and metric not in self._weightless:
+                self._weightless.add(metric)
+                step = steps[int((column == 0).argmax())]
+                _logger.warning("step %d: %s, which is told once", step, _weightless(metric))
+        kept = [place for place, name in enumerate(names) if isinstance(name, str)]
+        return tuple(names[place] for place in kept), values[:, kept]
 
     def _keep_rows(self, rows: _Rows, more: Mapping[str, float] = MappingProxyType({})) -> None:
         for name, column in zip(rows.names, rows.values.T.tolist(), strict=True):
@@ -332,7 +353,13 @@ class Log:
         self._bar.set_postfix(shown)
 
     def _check_progress(self) -> None:
-        """Raises where so many updates in a row were dropped that more of the same would be a waste."""
+        """Raises where so many updates in a row were dropped that more of the same would be a waste.
+
+        And where a loss or metric has a weight that makes no mean.
+        """
+        if self._wrong:
+            text, self._wrong = self._wrong, ""  # raised once: what saves the run reads on
+            raise ValueError(text)
         if self._max_dropped is None or self._in_a_row < self._max_dropped:
             return
         in_a_row, self._in_a_row = self._in_a_row, 0  # raised once: what saves the run reads on
@@ -380,9 +407,22 @@ def _why_dropped(values: Mapping[str, float]) -> str:
             return f"the gradient is not finite in any of the {len(norms)} parameters, {named} and so on"
         more = f" and {len(bad) - _NAMED} others of {len(norms)}" if len(bad) > _NAMED else ""
         return f"the gradient is not finite in {named}{more}"
-    if not np.isfinite(values["learning_rate"]):
-        return f"the rate is {values['learning_rate']}"
+    rate = values.get("learning_rate", 0.0)
+    if not np.isfinite(rate):
+        return f"the rate is {rate}"
     return "the optimizer's update is not finite, though the gradient is"
+
+
+def weight_text(where: str, metric: str) -> str:
+    """What is wrong with weights that make no mean."""
+    return (
+        f"{where}: {metric} has a weight that is negative or NaN; learnax.metrics.Mean(total, weight) takes the sum of "
+        "the weights, 0 or more: where a label may be NaN, jnp.where(jnp.isnan(label), 0, weight) leaves it out"
+    )
+
+
+def _weightless(metric: str) -> str:
+    return f"all weights of {metric} are 0: it counts as 0"
 
 
 def _trailing(dropped: np.ndarray, before: int) -> int:
@@ -392,12 +432,18 @@ def _trailing(dropped: np.ndarray, before: int) -> int:
 
 
 class Means:
-    """A split's means from its batches' sums, read `in_flight` dispatches late."""
+    """A split's metrics from the parts that its batches come to, read `in_flight` dispatches late.
 
-    def __init__(self, in_flight: int):
+    Args:
+        name: the split.
+        in_flight: dispatches that may be unfinished when another one is made.
+    """
+
+    def __init__(self, name: str, in_flight: int):
+        self._name = name
         self._in_flight = in_flight
         self._pending: deque[tuple[Scalars, int]] = deque()
-        self._sums: dict[str, float] = {}
+        self._parts: dict[Part, float] = {}
         self._size = 0
 
     def push(self, sums: Scalars, count: int, size: int) -> None:
@@ -408,16 +454,39 @@ class Means:
         self._read(self._in_flight)
 
     def result(self) -> dict[str, float]:
-        """Waits for the batches in flight; the mean of each metric over all data."""
+        """Waits for the batches in flight; each metric over all data.
+
+        Raises:
+            ValueError: a weight was negative or NaN.
+        """
         self._read(0)
-        return {name: total / self._size for name, total in self._sums.items()}
+        values: dict[str, float] = {}
+        for part, number in self._parts.items():
+            if part.how == "weight":
+                continue
+            if part.how == "data":
+                number /= self._size
+            if part.how == "total":
+                weight = self._parts[part._replace(how="weight")]
+                if weight != weight:
+                    raise ValueError(weight_text(f"validation {self._name!r}", part.name))
+                if weight == 0:
+                    _logger.warning("validation %r: %s", self._name, _weightless(part.name))
+                number = number / weight if weight else 0.0
+            values[part.name] = values.get(part.name, 0.0) + number
+        return values
 
     def _read(self, left: int) -> None:
         while len(self._pending) > left:
             sums, count = self._pending.popleft()
             for row in np.asarray(sums.values)[:count].tolist():
-                for (name, unit), value in zip(sums.names, row, strict=True):
-                    self._sums[name] = self._sums.get(name, 0.0) + unit * value
+                for part, value in zip(sums.names, row, strict=True):
+                    whole = part._replace(unit=1)
+                    known = self._parts.get(whole)
+                    own = part.unit * value
+                    if known is not None:
+                        own = float({"max": np.maximum, "min": np.minimum}.get(part.how, np.add)(known, own))
+                    self._parts[whole] = own
 
 
 def _full_name(name: str) -> str:

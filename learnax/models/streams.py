@@ -1,9 +1,8 @@
-"""The random streams of a flax module: which it asks for, and which need a key of their own."""
+"""The random streams of a flax linen module: which it asks for, and which need a key of their own."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 import threading
 import zlib
@@ -19,6 +18,9 @@ from jax.extend.core import Literal
 from learnax.utils import PyTree
 
 T = TypeVar("T")
+Rngs = dict[str, jax.Array]
+Apply = Callable[[PyTree, Rngs], T]
+"""A module's call on what it is given (its variables and arguments), with a key for each of some streams."""
 _LOCK = threading.Lock()
 
 _ASKS = re.compile(r'needs PRNG for "(.*)"')
@@ -36,25 +38,24 @@ def rngs_of(key: jax.Array, streams: tuple[str, ...]) -> dict[str, jax.Array]:
     return {"params": key, **{name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in streams}}
 
 
-def init_variables(model: Any, key: jax.Array, datum: list[Any]) -> Any:
+def initialised(init: Callable[[Rngs], T], key: jax.Array) -> T:
     """A module's fresh variables, drawn from `key`."""
-    return _with_streams(lambda streams: model.init(rngs_of(key, streams), *datum))[0]
+    return _with_streams(lambda streams: init(rngs_of(key, streams)))[0]
 
 
-def asked_streams(model: Any, params: PyTree, datum: list[Any]) -> tuple[tuple[str, ...], PyTree]:
+def asked_streams(apply: Apply[Any], given: PyTree) -> tuple[tuple[str, ...], PyTree]:
     """The random streams that a module draws from, by name, and its output's shapes; traced, not computed.
 
     Raises:
-        Exception: what the module raises on this datum.
+        Exception: what the module raises.
     """
     key = jax.random.key(0)
     with _recording() as asked:
-        apply = functools.partial(_applied, model)
-        output, _ = _with_streams(lambda streams: jax.eval_shape(apply(("params", *streams)), params, key, datum))
+        output, _ = _with_streams(lambda streams: jax.eval_shape(_keyed(apply, ("params", *streams)), given, key))
     return tuple(asked), output
 
 
-def lifted_streams(model: Any, params: PyTree, datum: list[Any], asked: tuple[str, ...]) -> tuple[str, ...]:
+def lifted_streams(apply: Apply[Any], given: PyTree, asked: tuple[str, ...]) -> tuple[str, ...]:
     """Of the streams that a module draws from, those that one of its lifted transforms splits, or lets in alone.
 
     `nn.RNN`, `nn.scan`, `nn.vmap` split a stream that their `split_rngs` names only where it is given: by the
@@ -63,10 +64,8 @@ def lifted_streams(model: Any, params: PyTree, datum: list[Any], asked: tuple[st
     others = [name for name in asked if name != "params"]
     if not others:
         return ()
-    plain, needed = _with_streams(lambda streams: _splits(model, params, datum, ("params", *streams)))
-    return tuple(
-        name for name in others if name in needed or _splits(model, params, datum, ("params", *needed, name)) > plain
-    )
+    plain, needed = _with_streams(lambda streams: _splits(apply, given, ("params", *streams)))
+    return tuple(name for name in others if name in needed or _splits(apply, given, ("params", *needed, name)) > plain)
 
 
 @contextlib.contextmanager
@@ -100,17 +99,13 @@ def _with_streams(call: Callable[[tuple[str, ...]], T]) -> tuple[T, tuple[str, .
             streams = (*streams, found[1])
 
 
-def _applied(model: Any, streams: tuple[str, ...]) -> Any:
-    def apply(params: PyTree, key: jax.Array, datum: list[Any]) -> Any:
-        return model.apply({"params": params}, *datum, rngs=dict.fromkeys(streams, key))
-
-    return apply
+def _keyed(apply: Apply[T], streams: tuple[str, ...]) -> Callable[[PyTree, jax.Array], T]:
+    return lambda given, key: apply(given, dict.fromkeys(streams, key))
 
 
-def _splits(model: Any, params: PyTree, datum: list[Any], streams: tuple[str, ...]) -> int:
+def _splits(apply: Apply[Any], given: PyTree, streams: tuple[str, ...]) -> int:
     """How often a key is split, or a number that is not constant is folded into one: what a lift does for a stream."""
-    traced = jax.make_jaxpr(_applied(model, streams))(params, jax.random.key(0), datum)
-    return _count(traced.jaxpr)
+    return _count(jax.make_jaxpr(_keyed(apply, streams))(given, jax.random.key(0)).jaxpr)
 
 
 def _count(jaxpr: Any) -> int:

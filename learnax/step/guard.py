@@ -2,46 +2,112 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from learnax.step.gradients import Means
-from learnax.step.optimizers import last_rate, next_rate
+from learnax.step.amounts import finished
+from learnax.step.gradients import Share
+from learnax.step.optimizers import asked_update, last_rate, next_rate
 from learnax.step.packing import Packing
+from learnax.step.patterns import split
 from learnax.step.recipe import Recipe, wide
 from learnax.step.scalars import NAN_DATA
+from learnax.step.scaling import adjusted, followed
 from learnax.step.state import TrainState
 from learnax.utils import PyTree
 
 
-def apply(recipe: Recipe, packing: Packing, state: TrainState, means: Means) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Clips, guards and applies an update from packed gradients; returns the new state and the step's scalars."""
-    grads = means.grads
-    squares = packing.squares(grads)
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What an update is made from.
+
+    Attributes:
+        recipe: what the step is made of.
+        packing: how gradients, and maybe moments, are packed.
+        grads: packed gradients, before they are clipped.
+        norm: their global norm.
+        model_state: what the model carries on after it.
+        extra: what some optimisers ask for, by name.
+    """
+
+    recipe: Recipe
+    packing: Packing
+    grads: list[jax.Array]
+    norm: jax.Array
+    model_state: PyTree
+    extra: Mapping[str, Any]
+
+
+def apply(
+    recipe: Recipe, packing: Packing, state: TrainState, share: Share, loss_at: Callable[[], Callable[..., jax.Array]]
+) -> tuple[TrainState, dict[Any, jax.Array]]:
+    """Clips, guards and applies an update from packed gradients; returns the new state and the step's scalars.
+
+    Args:
+        recipe: what the step is made of.
+        packing: how gradients are packed.
+        state: the state before.
+        share: what all batches of the step come to on all devices.
+        loss_at: makes the step's loss as a function of what is trained; called for optimisers that ask for it.
+    """
+    squares = packing.squares(share.grads)
     norm = jnp.sqrt(squares.sum())
-    sound = _sound(grads, norm)
+    sound = _sound(share.grads, norm)
+    values = finished(share.parts)
+    extra = {} if recipe.trusted else _extra(packing, share, values["loss"], loss_at)
+    after = followed(recipe, state.model_state, share.model_state)
+    step = _Step(recipe, packing, share.grads, norm, after, extra)
+    overflow = ~sound & (state.model_state.scale > 1) if recipe.model.scaled else None
+    if after is not None:
+        sound &= _stays_finite(state.model_state, after)
     if recipe.trusted and all(map(_is_trusted, jax.tree.leaves(state.params))):
-        rate = next_rate(recipe.learning_rate, state)
-        state = _guarded(recipe, packing, state, grads, norm, sound := sound & jnp.isfinite(rate))
+        assert recipe.learning_rate is not None  # Adam was made from it
+        rate: jax.Array | None = (now := next_rate(recipe.learning_rate, state))
+        sound &= jnp.isfinite(now)
+        state = _guarded(step, state, sound)
     else:
-        step = state.step
+        before = state.step
         # Updates are computed twice, the first time only to look for NaN: cheaper than memory for a second state.
-        updates, _ = _updates(recipe, packing, grads, norm, state)
-        sound &= _all_finite(updates) & _stay_finite(state.params, updates)
-        state = _guarded(recipe, packing, state, grads, norm, sound)
-        rate = last_rate(recipe.learning_rate, state, step)
+        updates, _ = _updates(step, state)
+        trained, _ = split(recipe.optimizer, state.params)
+        sound &= _all_finite(updates) & _stay_finite(trained, updates)
+        state = _guarded(step, state, sound)
+        rate = last_rate(recipe.learning_rate, state, before)
+    scaling: dict[str, jax.Array] = {}
+    if overflow is not None:
+        scaling = {"overflow": overflow, "loss_scale": state.model_state.scale}
+        state = state._replace(model_state=adjusted(state.model_state, overflow))
+    loss = values.pop("loss")
     return state, {
-        **means.metrics,
-        "loss": means.loss,
+        **{name: value for name, value in values.items() if isinstance(name, str)},
+        "loss": loss,
         "gradient norm": norm,
-        "has_nan": ~sound,
-        NAN_DATA: jnp.round(means.nan * (recipe.batch_size * recipe.accumulate)),
-        "learning_rate": rate,
+        "has_nan": ~sound if overflow is None else ~sound & ~overflow,
+        NAN_DATA: jnp.round(share.nan * (recipe.batch_size * recipe.accumulate)),
+        **scaling,
+        **({} if rate is None else {"learning_rate": rate}),
         **{f"grads/{path}": own for path, own in zip(packing.paths, jnp.sqrt(squares), strict=True)},
+        **{name: value for name, value in values.items() if not isinstance(name, str)},
+    }
+
+
+def _extra(
+    packing: Packing, share: Share, loss: jax.Array, loss_at: Callable[[], Callable[..., jax.Array]]
+) -> dict[str, Any]:
+    """What optax's optimisers may ask for: of the whole step, before any clipping."""
+    value_fn = loss_at()
+    return {
+        "value": loss,
+        "grad": packing.unpack(share.grads),
+        "value_fn": value_fn,
+        "obj_fn": value_fn,
+        "grad_fn": lambda params, number=0: jax.grad(value_fn)(params),
     }
 
 
@@ -82,23 +148,21 @@ def _all_finite(tree: PyTree) -> jax.Array:
     return functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)], jnp.asarray(True))
 
 
-def _updates(
-    recipe: Recipe, packing: Packing, grads: list[jax.Array], norm: jax.Array, state: TrainState
-) -> tuple[PyTree, Any]:
-    """The optimiser's updates of the parameters from clipped gradients, and its new state, packed as it came."""
+def _updates(step: _Step, state: TrainState) -> tuple[PyTree, Any]:
+    """The optimiser's updates of what is trained, from clipped gradients, and its new state, packed as it came."""
+    recipe, packing, norm = step.recipe, step.packing, step.norm
     scale = jnp.where(norm > recipe.max_grad, recipe.max_grad / norm, jnp.ones_like(norm))
     # In float32 at least: a small scale is 0 in half precision.
-    grads = [(g.astype(wide(g.dtype)) * scale.astype(wide(g.dtype))).astype(g.dtype) for g in grads]
+    grads = [(g.astype(wide(g.dtype)) * scale.astype(wide(g.dtype))).astype(g.dtype) for g in step.grads]
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic is not clean under "strict"
         if packing.moments:
             updates, opt_state = recipe.optimizer.update(grads, state.opt_state)
             return packing.unpack(updates), opt_state
-        return recipe.optimizer.update(packing.unpack(grads), state.opt_state, state.params)
+        trained, _ = split(recipe.optimizer, state.params)
+        return asked_update(recipe.optimizer, packing.unpack(grads), state.opt_state, trained, step.extra)
 
 
-def _guarded(
-    recipe: Recipe, packing: Packing, state: TrainState, grads: list[jax.Array], norm: jax.Array, sound: jax.Array
-) -> TrainState:
+def _guarded(step: _Step, state: TrainState, sound: jax.Array) -> TrainState:
     """The update, made or not made: a loop of one trip or none.
 
     A `where` or `cond` between the old and the new state makes XLA keep both and copy one; a loop
@@ -107,9 +171,41 @@ def _guarded(
 
     def update(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
         _, old = carry
-        updates, opt_state = _updates(recipe, packing, grads, norm, old)
-        params, step = _applied(old.params, updates), old.step + jnp.ones_like(old.step)
-        new = old._replace(params=params, opt_state=opt_state, step=step)
+        updates, opt_state = _updates(step, old)
+        trained, whole = split(step.recipe.optimizer, old.params)
+        params = whole(_applied(trained, updates))
+        new = old._replace(
+            params=params,
+            opt_state=opt_state,
+            step=old.step + jnp.ones_like(old.step),
+            model_state=step.model_state,
+            ema=averaged(step.recipe, old, params),
+        )
         return jnp.asarray(False), jax.tree.map(lambda n, o: jnp.asarray(n).astype(o.dtype), new, old)
 
     return jax.lax.while_loop(lambda carry: carry[0], update, (sound, state))[1]
+
+
+def averaged(recipe: Recipe, old: TrainState, params: PyTree) -> PyTree:
+    """The average of the parameters with the new ones: `decay * ema + (1 - decay) * params`, in float32 at least."""
+    if recipe.ema is None:
+        return None
+    given = recipe.ema(old.step) if callable(recipe.ema) else recipe.ema
+    decay = jnp.clip(jnp.asarray(given, jnp.float32), 0, 1)
+
+    def one(average: jax.Array, new: jax.Array) -> jax.Array:
+        own = decay.astype(average.real.dtype)
+        return own * average + (1 - own) * new.astype(average.dtype)
+
+    return jax.tree.map(one, old.ema, params)
+
+
+def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
+    """Whether what a model carries on is as finite as it was."""
+
+    def stays(old: jax.Array, new: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(old.dtype, jnp.inexact):
+            return jnp.asarray(True)
+        return (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
+
+    return functools.reduce(jnp.logical_and, jax.tree.leaves(jax.tree.map(stays, before, after)), jnp.asarray(True))

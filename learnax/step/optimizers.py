@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from learnax.step.state import TrainState
 from learnax.utils import PyTree
@@ -44,19 +46,21 @@ def next_rate(learning_rate: LearningRate, state: TrainState) -> jax.Array:
     return state.opt_state.hyperparams["learning_rate"]
 
 
-def last_rate(learning_rate: LearningRate, state: TrainState, step: Any) -> jax.Array:
+def last_rate(learning_rate: LearningRate | None, state: TrainState, step: Any) -> jax.Array | None:
     """The rate that any optimiser has used for the update from `step` on.
 
     What it keeps in its state (`optax.inject_hyperparams` does) is what it used; else it is what the
-    trainer was told.
+    trainer was told; None where that is nothing.
     """
     kept = optax.tree_utils.tree_get_all_with_path(state.opt_state, "learning_rate")
     if kept:
         return jnp.asarray(kept[0][1])
+    if learning_rate is None:
+        return None
     return jnp.asarray(learning_rate(step) if callable(learning_rate) else learning_rate, jnp.float32)
 
 
-def with_rate(learning_rate: LearningRate, opt_state: Any) -> Any:
+def with_rate(learning_rate: LearningRate | None, opt_state: Any) -> Any:
     """An optimiser state read from a checkpoint, with the rate that the script asks for now."""
     if callable(learning_rate):
         return opt_state
@@ -80,3 +84,78 @@ def hyperparams(opt_state: Any) -> dict[str, Any]:
             constant = {name: value for name, value in node.hyperparams.items() if name not in node.hyperparams_states}
             found |= {f"{name}{where}": value for name, value in constant.items()}
     return found
+
+
+# ---- what some optimisers ask for, and keep
+
+
+def asked_update(
+    optimizer: Any, grads: PyTree, opt_state: Any, params: PyTree, extra: Mapping[str, Any]
+) -> tuple[PyTree, Any]:
+    """An optimiser's update, given of `extra` what its signature takes."""
+    if isinstance(optimizer, optax.GradientTransformation) and not isinstance(
+        optimizer, optax.GradientTransformationExtraArgs
+    ):
+        return optimizer.update(grads, opt_state, params)
+    parameters = inspect.signature(optimizer.update).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        extra = {name: value for name, value in extra.items() if name in parameters}
+    return optimizer.update(grads, opt_state, params, **extra)
+
+
+class SlowState(NamedTuple):
+    """The state of an optimiser that keeps its parameters in pairs (`optax.lookahead`).
+
+    Attributes:
+        slow: the slow ones; the fast ones are the model's.
+        inner: the optimiser's own state.
+    """
+
+    slow: PyTree
+    inner: Any
+
+
+def in_pairs(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optimiser of `optax.LookaheadParams` as one of the model's parameters, which are the fast ones."""
+
+    def init(params: PyTree) -> SlowState:
+        return SlowState(params, optimizer.init(optax.LookaheadParams(fast=params, slow=params)))
+
+    def update(
+        updates: PyTree, state: SlowState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, SlowState]:
+        pairs = optax.LookaheadParams(fast=params, slow=state.slow)
+        both, inner = asked_update(optimizer, updates, state.inner, pairs, extra)
+        return both.fast, SlowState(optax.apply_updates(state.slow, both.slow), inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def takes_pairs(optimizer: Any, params: PyTree) -> bool:
+    """Whether an optimiser keeps its parameters in pairs."""
+    try:
+        jax.eval_shape(optimizer.init, params)
+    except AttributeError as error:
+        return "'fast'" in str(error) or "'slow'" in str(error)
+    except Exception:  # told of where its start is checked
+        return False
+    return False
+
+
+def _evaluates(node: Any) -> bool:
+    return isinstance(node, (SlowState, optax.contrib.ScheduleFreeState))
+
+
+def has_own_evaluation(opt_state: Any) -> bool:
+    """Whether an optimiser keeps other parameters for evaluation than it trains (lookahead, schedule-free)."""
+    return any(map(_evaluates, jax.tree.leaves(opt_state, is_leaf=_evaluates)))
+
+
+def evaluation_params(params: PyTree, opt_state: Any) -> PyTree:
+    """The parameters that an optimiser means for evaluation."""
+    for node in jax.tree.leaves(opt_state, is_leaf=_evaluates):
+        if isinstance(node, SlowState):
+            return node.slow
+        if isinstance(node, optax.contrib.ScheduleFreeState):
+            return optax.contrib.schedule_free_eval_params(node, params)
+    return params

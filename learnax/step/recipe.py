@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from learnax.loss import Losses
+from learnax.models import Model
 from learnax.step.optimizers import LearningRate
 from learnax.utils import PyTree
 
@@ -26,37 +27,45 @@ class Recipe:
     """Everything that a step is a function of, beside its arrays.
 
     Attributes:
-        model: the flax module.
-        losses: `(output, datum[, step]) -> (output, loss, metrics)` for one datum.
+        model: what is trained.
+        losses: `(output, datum[, step]) -> (output, loss, metrics)`, for one datum or, as the model, for a share.
         optimizer: the optax transformation.
-        learning_rate: what it was built from.
+        learning_rate: what it was built from; None where nobody says.
         max_grad: largest global L2 norm of a gradient.
         batch_size: data per batch, over all devices.
         shards: devices that a batch is split over.
         accumulate: batches whose gradients are averaged before an update.
         trusted: whether finite gradients and a finite rate make a finite update, as with Adam behind a clip.
         looped: whether the model is as fast inside a loop as outside.
-        streams: random streams of the model that get a key of their own, see `learnax.models.streams.lifted_streams`.
+        weighted: whether the loss has weights of its own, see `learnax.metrics.Mean`.
+        by_datum: whether losses and metrics are given for each datum, so that padding can be left out of them.
+        ema: the decay of the parameters' average, a number or a schedule; None where there is none.
         gather: makes whole parameters for the loss of those that the state has; None where the state has them whole.
     """
 
-    model: Any
+    model: Model
     losses: Losses
     optimizer: optax.GradientTransformation
-    learning_rate: LearningRate
+    learning_rate: LearningRate | None
     max_grad: float
     batch_size: int
     shards: int
     accumulate: int = 1
     trusted: bool = True
     looped: bool = True
-    streams: tuple[str, ...] = ()
+    weighted: bool = False
+    by_datum: bool = True
+    ema: float | Callable[[Any], Any] | None = None
     gather: Callable[[PyTree], PyTree] | None = None
 
+    def of_one_batch(self) -> Recipe:
+        """The same with one batch for each update."""
+        return self if self.accumulate == 1 else dataclasses.replace(self, accumulate=1)
 
-def with_axis(function: Callable[[], PyTree]) -> PyTree:
-    """Calls a function with the mapped axis named around it, one long: for work outside the programs."""
-    results = jax.vmap(lambda _: function(), axis_name=AXIS)(jnp.zeros((1,)))
+
+def with_axis(function: Callable[[], PyTree], name: str = AXIS) -> PyTree:
+    """Calls a function with a mapped axis named around it, one long: for work outside the programs."""
+    results = jax.vmap(lambda _: function(), axis_name=name)(jnp.zeros((1,)))
     return jax.tree.map(lambda x: x[0], results)
 
 
@@ -86,7 +95,12 @@ def next_keys(seq: jax.Array, count: Any, room: int) -> tuple[jax.Array, jax.Arr
 
 
 def keys_of(recipe: Recipe, key: jax.Array) -> jax.Array:
-    """This device's share of one key per datum: the same keys on any number of devices."""
+    """This device's share of one key per datum: the same keys on any number of devices.
+
+    A model that sees the whole share draws from one key, `(1,)`.
+    """
+    if recipe.model.batched:
+        return jax.random.fold_in(key, shard_index(recipe))[None]
     keys = jax.random.split(key, recipe.batch_size)
     if recipe.shards == 1:
         return keys
@@ -101,6 +115,28 @@ def shard_index(recipe: Recipe) -> Any:
 def mean_over_devices(recipe: Recipe, tree: PyTree) -> PyTree:
     """Means of what the devices have."""
     return jax.lax.pmean(tree, AXIS) if recipe.shards > 1 else tree
+
+
+def sum_over_devices(recipe: Recipe, tree: PyTree) -> PyTree:
+    """Sums of what the devices have."""
+    return jax.lax.psum(tree, AXIS) if recipe.shards > 1 else tree
+
+
+def alike_over_devices(recipe: Recipe, tree: PyTree) -> PyTree:
+    """The same on all devices, of what each of them carries on: means of floats, the first one's of all else."""
+    if recipe.shards == 1:
+        return tree
+
+    def alike(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jax.lax.pmean(leaf, AXIS)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(alike(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        whole = leaf.astype(jnp.int32) if leaf.dtype == bool else leaf
+        own = jnp.where(shard_index(recipe) == 0, whole, jnp.zeros_like(whole))
+        return jax.lax.psum(own, AXIS).astype(leaf.dtype)
+
+    return jax.tree.map(alike, tree)
 
 
 def wide(dtype: Any) -> Any:

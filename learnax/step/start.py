@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from learnax.models.linen import init_params
+from learnax.models import Model
+from learnax.step.patterns import split
+from learnax.step.recipe import wide
+from learnax.step.scaling import start
 from learnax.step.state import TrainState
-from learnax.utils import PyTree
+from learnax.utils import PyTree, is_key
 
 
 def key_pair(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -19,12 +21,32 @@ def key_pair(seed: int) -> tuple[jax.Array, jax.Array]:
     return seq, jax.random.split(init)[0]
 
 
-def fresh_state(model: Any, optimizer: optax.GradientTransformation, key: jax.Array, datum: list[Any]) -> TrainState:
-    """Initialises parameters and optimiser state; pure, so that it can be compiled or traced."""
-    params = init_params(model, key, datum)
-    return strong(TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32)))
+def fresh_state(
+    model: Model, optimizer: Any, averages: bool, made: tuple[PyTree, PyTree] | None, key: jax.Array, datum: list[Any]
+) -> TrainState:
+    """Initialises parameters and optimiser state; pure, so that it can be compiled or traced.
+
+    Args:
+        model: what is trained.
+        optimizer: the optax transformation.
+        averages: whether an average of the parameters is kept beside them.
+        made: what the model has already, see `Model.made`.
+        key: what parameters are drawn from.
+        datum: the model's arguments for one datum.
+    """
+    params, model_state = initial(model, key, datum) if made is None else made
+    trained, _ = split(optimizer, params)
+    ema = jax.tree.map(lambda x: jnp.asarray(x).astype(wide(x.dtype)), params) if averages else None
+    carried = start(model.scaled, model_state)
+    return strong(TrainState(params, optimizer.init(trained), jnp.zeros((), jnp.int32), carried, ema))
+
+
+def initial(model: Model, key: jax.Array, datum: list[Any]) -> tuple[PyTree, PyTree]:
+    """A model's fresh parameters, and what it carries on. One that sees batches is shown a batch of one datum."""
+    arguments = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], datum) if model.batched else datum
+    return model.init(key, *arguments)
 
 
 def strong(tree: PyTree) -> PyTree:
     """The same arrays with no weak types: a compiled program takes one type, and gives it back."""
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
+    return jax.tree.map(lambda x: x if is_key(x) else jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from learnax.step.gradients import own_gradients
+from learnax.step.amounts import added, nothing, told_loss
+from learnax.step.gradients import Share, loss_weights, of_all_devices, own_gradients
 from learnax.step.guard import apply
 from learnax.step.many import many
 from learnax.step.packing import Packing
-from learnax.step.recipe import Recipe, batch_of, keys_of, mean_over_devices, next_keys, wide
+from learnax.step.patterns import split
+from learnax.step.recipe import Recipe, batch_of, keys_of, next_keys, sum_over_devices, wide
 from learnax.step.scalars import Scalars
+from learnax.step.scaling import followed
 from learnax.step.state import TrainState
 from learnax.utils import PyTree
+
+Take = Callable[[Any], tuple[jax.Array, PyTree]]
+"""The key and this device's share of an accumulated batch, by its number."""
 
 
 def update(
@@ -34,11 +41,10 @@ def update(
         NaN into the parameters; the step's metrics and the norm of each gradient, by name; the
         outputs of this device's data.
     """
-    packing = Packing(state.params)
-    means, outputs = own_gradients(recipe, state.params, keys_of(recipe, key), batch, state.step)
-    means = mean_over_devices(recipe, means._replace(grads=packing.pack(means.grads)))
-    state, scalars = apply(recipe, packing, state, means)
-    return state, scalars, outputs
+    recipe = recipe.of_one_batch()
+    packing = Packing(split(recipe.optimizer, state.params)[0])
+    state, scalars, outputs = _step(recipe, packing, True, state, lambda number: (keys_of(recipe, key), batch))
+    return state, {name: value for name, value in scalars.items() if isinstance(name, str)}, outputs
 
 
 def train(
@@ -65,27 +71,100 @@ def train(
         `(state, scalars, outputs)`: as for `update`, but one row of scalars.
     """
 
-    def own(number: Any) -> tuple[Any, Any]:
+    def take(number: Any) -> tuple[jax.Array, PyTree]:
         batch = batch_of(batches, index + number)
-        means, outputs = own_gradients(recipe, state.params, keys_of(recipe, keys[number]), batch, state.step)
-        return means._replace(grads=packing.pack(means.grads)), outputs if with_outputs else None
+        return keys_of(recipe, keys[number]), batch
+
+    state, scalars, outputs = _step(recipe, packing, with_outputs, state, take)
+    return state, Scalars.row(scalars), outputs
+
+
+def _step(
+    recipe: Recipe, packing: Packing, with_outputs: bool, state: TrainState, take: Take
+) -> tuple[TrainState, dict[Any, jax.Array], Any]:
+    """One guarded update from the batches that `take` gives."""
+    share, outputs = _of_all(recipe, packing, with_outputs, state, state.params, take)
+    value = functools.partial(_loss_at, recipe, packing, state, take)
+    state, scalars = apply(recipe, packing, state, share, value)
+    return state, scalars, outputs
+
+
+def _of_all(
+    recipe: Recipe, packing: Packing, with_outputs: bool, state: TrainState, params: PyTree, take: Take
+) -> tuple[Share, Any]:
+    """What all accumulated batches come to on all devices, with packed gradients; and the last one's outputs."""
+
+    def own(number: Any, model_state: PyTree, weights: Any = None) -> tuple[Share, Any]:
+        keys, batch = take(number)
+        share, outputs = own_gradients(recipe, params, model_state, keys, batch, state.step, weights)
+        return share._replace(grads=packing.pack(share.grads)), outputs if with_outputs else None
 
     if recipe.accumulate == 1:
-        means, outputs = own(0)
-    else:
+        share, outputs = own(0, state.model_state)
+        return of_all_devices(recipe, share), outputs
 
-        def add(number: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            means, outputs = own(number)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype) / recipe.accumulate, carry[0], means), outputs
+    weights = _all_weights(recipe, state, params, take) if recipe.weighted else None
 
-        like, outputs = jax.eval_shape(own, index)
-        outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+    def add(number: Any, carry: tuple[Share, Any]) -> tuple[Share, Any]:
+        sums = carry[0]
+        # Each batch sees what the model carried on from the one before.
+        more, outputs = own(number, followed(recipe, state.model_state, sums.model_state), weights)
+        factor = 1 if recipe.weighted else recipe.accumulate
+        grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype) / factor, sums.grads, more.grads)
+        nan = sums.nan + more.nan / recipe.accumulate
+        return Share(grads, added(recipe, sums.parts, more.parts), nan, more.model_state), outputs
+
+    like, outputs = jax.eval_shape(own, jnp.int32(0), state.model_state, weights)
+    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+    sums = Share(
         # In float32: in half precision, what each batch adds would be rounded away beside the sum.
-        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like)
-        sums, outputs = jax.lax.fori_loop(0, recipe.accumulate, add, (sums, outputs), unroll=not recipe.looped)
-        means = jax.tree.map(lambda x, like: x.astype(like.dtype), sums, like)
-    state, scalars = apply(recipe, packing, state, mean_over_devices(recipe, means))
-    return state, Scalars.row(scalars), outputs
+        jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like.grads),
+        {part: nothing(part, number) for part, number in like.parts.items()},
+        jnp.zeros(like.nan.shape, like.nan.dtype),
+        state.model_state.model if recipe.model.scaled else state.model_state,
+    )
+    sums, outputs = jax.lax.fori_loop(0, recipe.accumulate, add, (sums, outputs), unroll=not recipe.looped)
+    grads, parts, nan = jax.tree.map(lambda x, like: x.astype(like.dtype), sums[:-1], like[:-1])
+    return of_all_devices(recipe, Share(grads, parts, nan, sums.model_state)), outputs
+
+
+def _all_weights(recipe: Recipe, state: TrainState, params: PyTree, take: Take) -> Any:
+    """The weights of the loss's terms over all accumulated batches and devices: what each gradient is divided by."""
+
+    def own(number: Any) -> Any:
+        keys, batch = take(number)
+        return loss_weights(recipe, params, state.model_state, keys, batch, state.step)
+
+    def add(number: Any, sums: Any) -> Any:
+        return jax.tree.map(jnp.add, sums, own(number))
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(own, jnp.int32(0)))
+    return sum_over_devices(recipe, jax.lax.fori_loop(0, recipe.accumulate, add, zeros))
+
+
+def _loss_at(recipe: Recipe, packing: Packing, state: TrainState, take: Take) -> Callable[[PyTree], jax.Array]:
+    """The step's loss as a function of what is trained, for optimisers that ask for it.
+
+    Its gradient is that of the whole step, over accumulated batches and devices.
+    """
+    whole = split(recipe.optimizer, state.params)[1]
+
+    def shares(trained: PyTree) -> Share:
+        return _of_all(recipe, packing, False, state, whole(trained), take)[0]
+
+    @jax.custom_vjp
+    def loss(trained: PyTree) -> jax.Array:
+        return told_loss(shares(trained).parts)
+
+    def forward(trained: PyTree) -> tuple[jax.Array, PyTree]:
+        return loss(trained), trained
+
+    def backward(trained: PyTree, cotangent: jax.Array) -> tuple[PyTree]:
+        grads = packing.unpack(shares(trained).grads)
+        return (jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), grads),)
+
+    loss.defvjp(forward, backward)
+    return loss
 
 
 def train_many(
@@ -116,7 +195,7 @@ def train_many(
     """
     # Moments can be packed where the optimiser treats each element alone, as the default one does; another one may
     # not. For a single step, packing costs more than it saves.
-    packing = Packing(state.params, moments=recipe.trusted and room > 1)
+    packing = Packing(split(recipe.optimizer, state.params)[0], moments=recipe.trusted and room > 1)
     # A jitted function is traced once, for both uses below: its shapes, and the loop.
     step = jax.jit(functools.partial(train, recipe, packing, with_outputs), inline=True)
     seq, keys = next_keys(seq, count * recipe.accumulate, room * recipe.accumulate)
