@@ -55,8 +55,8 @@ def test_counts_that_cannot_be_left_out():
         ({"learning_rate": None}, TypeError, "learning_rate must be a number or an optax schedule, but is None"),
         ({"learning_rate": -1}, ValueError, "learning_rate must be finite and at least 0, but is -1.0"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate must be finite and at least 0, but is nan"),
-        ({"model": lambda x: x}, TypeError, "model must be a flax linen module, but is <function"),
-        ({"model": MLP}, TypeError, "model must be a flax linen module, but is the class MLP; write MLP()"),
+        ({"model": lambda x: x}, TypeError, "one of these in an adapter of learnax.models, but is <function"),
+        ({"model": MLP}, TypeError, "one of these in an adapter of learnax.models, but is the class MLP; write MLP()"),
         ({"losses": [1]}, TypeError, "losses must be callable, but is [1]; several become one by LossPipe([...])"),
         ({"losses": Squared}, TypeError, "losses must be an object to call, but is the class Squared; write Squared()"),
         ({"plot_pipe": "plot"}, TypeError, "plot_pipe must be callable, but is 'plot'"),
@@ -132,7 +132,9 @@ def test_a_model_with_running_state():
         def __call__(self, x, y):
             return nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x))
 
-    with pytest.raises(ValueError, match="the model has variables besides its parameters: batch_stats; a step keeps"):
+    with pytest.raises(
+        ValueError, match="carries on differs between the data of a batch, in batch_stats/BatchNorm_0: it sees one"
+    ):
         make_trainer(model=Normed())
 
 

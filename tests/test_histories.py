@@ -102,7 +102,7 @@ def test_a_save_writes_as_much_after_a_million_steps_as_after_ten(tmp_path):
         run.close()
     (frame, save), (other, large) = written.values()
     assert frame == other < 200
-    assert abs(save - large) < 100  # the digits of lengths
+    assert abs(save - large) < 4096  # the storage library's own files differ a little; a history would take megabytes
 
 
 def test_what_did_not_grow_writes_nothing(path):

@@ -12,7 +12,7 @@ import pytest
 from learnax.cluster.processes import OneProcess
 from learnax.log import Log, Means, in_notebook
 from learnax.profiling.phases import Phases
-from learnax.step import Scalars
+from learnax.step import Part, Scalars
 from tests.helpers import MemoryRun, make_data, make_trainer, run_script
 
 STEP = ["loss", "rmse", "gradient norm", "update_time", "has_nan", "nan_data", "learning_rate"]
@@ -159,9 +159,9 @@ def test_the_newest_steps_metrics_can_be_added_to():
 
 
 def test_means_are_of_all_data_however_they_are_cut():
-    means = Means(1)
+    means = Means("val", 1)
     for sums, count, size in (([[6, 1, 0]], 1, 3), ([[1, 1, 3], [3, 0, 1], [jnp.nan, jnp.nan, 9]], 2, 2)):
-        names = (("loss", 1), ("hits", 1), ("hits", 1 << 40))
+        names = (Part("loss", "data"), Part("hits", "data"), Part("hits", "data", unit=1 << 40))
         means.push(Scalars(names, jnp.array(sums, jnp.float32)), count, size)
     assert means.result() == {"loss": 2.0, "hits": (2 + 4 * 2**40) / 5}
 

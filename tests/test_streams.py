@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from learnax.models.linen import apply_model, init_params
-from learnax.models.streams import asked_streams, lifted_streams, rngs_of
+from learnax.models import Linen
+from learnax.models.streams import rngs_of
 from tests.helpers import MLP, Noisy, make_data, make_trainer
 
 
@@ -80,11 +80,16 @@ class Layers(nn.Module):
         return nn.scan(Layer, variable_axes={"params": 0}, split_rngs=split, length=6)()(jnp.ones(4), None)[1]
 
 
-def streams_of(model):
-    datum = make_data(1)[0]
-    params = init_params(model, jax.random.key(0), datum)
-    asked, _ = asked_streams(model, params, datum)
-    return params, asked, lifted_streams(model, params, datum, asked)
+def streams_of(module):
+    """Its parameters, the streams that it asks for, and the model that knows which of them need a key of their own."""
+    datum, model = make_data(1)[0], Linen(module, inputs="all")
+    params, _ = model.init(jax.random.key(0), *datum)
+    known, asked, _ = model.ready(params, None, *datum)
+    return params, asked, known
+
+
+def applied(model, params, key):
+    return model.apply(params, None, key, *make_data(1)[0], training=True)[0]
 
 
 @pytest.mark.parametrize(
@@ -93,18 +98,18 @@ def streams_of(model):
     ids=["RNN", "vmap", "another name", "while_loop", "scan"],
 )
 def test_a_stream_that_a_lift_splits_differs_between_its_rows(model, stream):
-    params, asked, own = streams_of(model)
-    assert (asked, own) == ((stream,), (stream,))
-    rows = apply_model(model, params, jax.random.key(3), make_data(1)[0], own)
+    params, asked, known = streams_of(model)
+    assert (asked, known.streams) == ((stream,), (stream,))
+    rows = applied(known, params, jax.random.key(3))
     assert len(np.unique(rows, axis=0)) == 6
-    other = apply_model(model, params, jax.random.key(4), make_data(1)[0], own)
+    other = applied(known, params, jax.random.key(4))
     assert not np.array_equal(rows, other)
 
 
 def test_a_lift_that_is_told_not_to_split_does_not():
-    params, _, own = streams_of(Recurrent(split=False))
-    assert own == ()
-    rows = apply_model(Recurrent(split=False), params, jax.random.key(3), make_data(1)[0], own)
+    params, _, known = streams_of(Recurrent(split=False))
+    assert known.streams == ()
+    rows = applied(known, params, jax.random.key(3))
     assert len(np.unique(rows, axis=0)) == 1
 
 
@@ -117,13 +122,13 @@ class Remat(nn.Module):
 
 @pytest.mark.parametrize("model", [MLP(), Noisy(), Remat()], ids=["none", "dropout and noise", "remat and jit"])
 def test_without_a_split_all_is_drawn_from_the_one_key_of_0_1_0(model):
-    params, asked, own = streams_of(model)
+    params, asked, known = streams_of(model)
     datum, key = make_data(1)[0], jax.random.key(5)
-    assert own == ()
+    assert known.streams == ()
     assert set(asked) == (set() if isinstance(model, MLP) else {"params", "dropout"})
     expected = model.apply({"params": params}, *datum, rngs={"params": key})
-    np.testing.assert_array_equal(apply_model(model, params, key, datum, own), expected)
-    np.testing.assert_array_equal(apply_model(model, params, key, datum), expected)
+    np.testing.assert_array_equal(applied(known, params, key), expected)
+    np.testing.assert_array_equal(applied(Linen(model, inputs="all"), params, key), expected)
 
 
 def test_an_own_stream_does_not_depend_on_the_others():
@@ -156,7 +161,7 @@ def test_randomness_in_validation_is_told_once_by_stream(model, names, caplog):
     options = {"losses": losses} if losses else {}
     make_trainer(model=model, val_datasets={"a": make_data(8), "b": make_data(8)}, **options)
     told = [line for line in caplog.messages if "random numbers in validation" in line]
-    assert [f"from {names}:" in line and "deterministic=False" in line for line in told] == [True] * bool(names)
+    assert [f"from {names}:" in line and "deterministic=not train" in line for line in told] == [True] * bool(names)
 
 
 def test_without_validation_nothing_is_told(caplog):

@@ -128,6 +128,9 @@ class _Trace:
         if not settings.own_optimizer:
             optimizer = checked_optimizer(optimizer, params)
         model, first = settings.adapter, self._seen("train")
+        key, step = jax.random.key(settings.seed), jnp.zeros((), jnp.int32)
+        if model_state is not None and not model.batched:
+            self._check_carried(model, params, model_state, key, first)
         asked: tuple[str, ...] = ()
         names: dict[str, None] = {}
         primitives: set[str] = set()
@@ -140,15 +143,12 @@ class _Trace:
                 model, asked = ready, drawn
             watching = watched(settings.losses, Seen(split, arguments, output, model.batched, self._rows))
             loss_of = functools.partial(share_loss if model.batched else datum_loss, model, watching)
-            key, step = jax.random.key(settings.seed), jnp.zeros((), jnp.int32)
             training = functools.partial(loss_of, training=True)
             jaxpr, shapes = jax.make_jaxpr(training, return_shape=True)(params, model_state, key, arguments, step)
             names |= dict.fromkeys(shapes[2])
             weighted |= is_weighted(shapes[1])
             by_datum &= not model.batched or all(map(self._is_by_datum, (shapes[1], *shapes[2].values())))
             primitives.update(_primitives(jaxpr.jaxpr))
-            if model_state is not None and not model.batched:
-                self._check_carried(model, params, model_state, key, arguments)
         axes = AXIS in self.around
         return Traced(model, optimizer, asked, tuple(names), axes, frozenset(primitives), weighted, by_datum)
 
@@ -183,9 +183,10 @@ class _Trace:
             try:
                 jax.eval_shape(functools.partial(after, chosen=chosen), params, model_state, keys, data)
             except ValueError as error:
-                if "out_axes" not in str(error):
+                return "out_axes" not in str(error)
+            except Exception as error:  # told of where the model is looked at
+                if names_axis(error):
                     raise
-                return False
             return True
 
         if fits(None):
@@ -250,7 +251,8 @@ def _signature_lines(model: Model, datum: list[Any]) -> list[str]:
     except (AttributeError, TypeError, ValueError):
         return []
     taken = model.taken(datum)
-    parameters = [p for p in signature.parameters.values() if p.name not in model.train]
+    named = {*model.train, "key", "state"}  # Equinox's names for what is given by name
+    parameters = [p for p in signature.parameters.values() if p.name not in named]
     written = ", ".join(map(_written, signature.parameters.values()))
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for name, given in (("train", model.train), ("eval", model.eval)):
@@ -309,7 +311,7 @@ def _inside_lines(model: Model, datum: list[Any], first: list[Any], error: BaseE
     for place, name in enumerate(taken):
         if isinstance(model, Adapter) and model.inputs == "all" and name in MODES and name not in model.train:
             return [*lines, f"its argument {name} gets [{place}] of the datum: give it a place behind, and a default"]
-    if datum is not first:
+    if datum is not first and not _is_like(datum, first):
         return [*lines, "while it takes a datum of 'train':", structure_of(first)]
     if any(leaf is None for leaf in jax.tree.leaves(datum, is_leaf=lambda leaf: leaf is None)):
         lines.append("what has no array in it, text for instance, is kept from the model: it gets None")
@@ -322,10 +324,18 @@ def _inside_lines(model: Model, datum: list[Any], first: list[Any], error: BaseE
         )
     if layer.startswith("Conv") and any(np.ndim(leaf) == 2 for leaf in jax.tree.leaves(datum)):
         lines.append(f"{layer} takes an image of (height, width, channels): of one channel, give it x[..., None]")
+    count = len(model.taken(datum)) if isinstance(model, Adapter) else 0
+    if isinstance(model, Adapter) and model.inputs is None and count > 1:
+        lines.append(f"it gets {count} parts of the datum: inputs=1 in its adapter gives it the first one alone")
     one = "a model sees one datum at a time, without a batch axis: x.reshape(-1), not x.reshape(x.shape[0], -1)"
     if model.batched:
         one = "a batched model sees a device's share of a batch, leaves (n, ...): x.reshape(x.shape[0], -1)"
     return [*lines, *(value_lines(error, "the model is", datum) or [one])]
+
+
+def _is_like(datum: list[Any], first: list[Any]) -> bool:
+    shapes = [jax.tree.map(lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))), data) for data in (datum, first)]
+    return bool(shapes[0] == shapes[1])
 
 
 def _layer(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from learnax.checks.texts import names_axis, raised
-from learnax.step import ByPattern, asked_update, in_pairs, split, takes_pairs
+from learnax.step import ByPattern, asked_update, functions_of, in_pairs, split, takes_pairs
 from learnax.utils import PyTree, leaves_by_path, same_structure
 
 
@@ -37,8 +37,7 @@ def checked_optimizer(optimizer: Any, params: PyTree) -> Any:
         state = optimizer.init(trained)
         called.append("update(gradients, state, params)")
         loss = lambda params: sum((jnp.sum(x).real for x in jax.tree.leaves(params)), jnp.float32(0))  # noqa: E731
-        extra = {"value": jnp.float32(1), "grad": trained, "value_fn": loss, "obj_fn": loss}
-        extra["grad_fn"] = lambda params, number=0: jax.grad(loss)(params)
+        extra = {"value": jnp.float32(1), "grad": trained, **functions_of(loss)}
         return asked_update(optimizer, trained, state, trained, extra)
 
     called = ["init(params)"]

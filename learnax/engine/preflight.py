@@ -201,9 +201,10 @@ class Flight:
     def _validation(self, name: str, state: TrainState, seq: jax.Array) -> float:
         """Seconds of a pass over a validation set, by its first block."""
         block, read_s = self._read(name)
-        jax.block_until_ready(self._programs.evaluate(state, seq, block))
+        seen = self._programs.evaluated(state)
+        jax.block_until_ready(self._programs.evaluate(seen, seq, block))
         began = time.perf_counter()
-        jax.block_until_ready(self._programs.evaluate(state, seq, block))
+        jax.block_until_ready(self._programs.evaluate(seen, seq, block))
         a_batch = (time.perf_counter() - began) / len(block)
         return len(self._loaders[name]) * (a_batch + (0.0 if self._loaders[name].kept(block) else read_s))
 

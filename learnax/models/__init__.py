@@ -14,3 +14,6 @@ from learnax.models.model import MODES as MODES
 from learnax.models.model import Adapter as Adapter
 from learnax.models.model import Model as Model
 from learnax.models.nnx import NNX as NNX
+
+# Its modules are named after the libraries: a star must not hide these.
+__all__ = ["BATCH_AXIS", "MODES", "NNX", "Adapter", "Equinox", "Functions", "Linen", "Model", "as_model"]

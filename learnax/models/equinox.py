@@ -91,9 +91,17 @@ class Equinox(Adapter):
     def _call(
         self, params: PyTree, model_state: PyTree, key: jax.Array, *arguments: Any, training: bool
     ) -> tuple[Any, PyTree]:
+        with jax.numpy_dtype_promotion("standard"):  # Equinox's own arithmetic is not clean under "strict"
+            return self._called(params, model_state, key, *arguments, training=training)
+
+    def _called(
+        self, params: PyTree, model_state: PyTree, key: jax.Array, *arguments: Any, training: bool
+    ) -> tuple[Any, PyTree]:
         options = self.mode(training) | ({"key": key} if self._keyed else {})
         module = self.merged(params, training=training)
         if model_state is None:
             return module(*arguments, **options), None
-        output, after = module(*arguments, state=model_state, **options)
+        # A state can be used once; this one is looked at again behind the call.
+        leaves, structure = jax.tree.flatten(model_state)
+        output, after = module(*arguments, state=jax.tree.unflatten(structure, leaves), **options)
         return output, after if training else model_state

@@ -165,11 +165,13 @@ def places(call: Callable[..., Any], named: set[str]) -> int | str:
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return "all"
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len([name for name in positional if name not in named and name not in (*MODES, "key", "state")])
+    return len([name for name in positional if name not in named and name not in _NO_DATA])
 
 
 MODES = ("train", "training", "is_training", "deterministic", "use_running_average", "inference", "eval")
 """What models call an argument that is no part of a datum, but says how they run."""
+_NO_DATA = (*MODES, "key", "state", "rngs", "out_sharding")
+"""What calls of flax and equinox name that is no part of a datum."""
 
 
 def policy_of(what: str, remat: Any) -> Callable[..., Any] | None:

@@ -26,6 +26,9 @@ from learnax.step.optimizers import (
     evaluation_params as evaluation_params,
 )
 from learnax.step.optimizers import (
+    functions_of as functions_of,
+)
+from learnax.step.optimizers import (
     has_own_evaluation as has_own_evaluation,
 )
 from learnax.step.optimizers import (

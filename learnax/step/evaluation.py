@@ -78,7 +78,8 @@ def evaluate_tail(
         return _evaluated(recipe, state, keys_of(recipe, jax.random.fold_in(key, size)), batch)
 
     losses, metrics = with_axis(evaluated) if mapped else evaluated()
-    return (Scalars.row(_exact(_parts({**metrics, "loss": losses}, size, None))),)
+    row = Scalars.row(_exact(_parts({**metrics, "loss": losses}, size, None)))
+    return (Scalars(row.names, row.values[None]),)
 
 
 def _evaluated(recipe: Recipe, state: TrainState, keys: jax.Array, batch: PyTree) -> tuple[Any, dict[str, Any]]:

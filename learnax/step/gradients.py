@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -120,8 +121,9 @@ def mean_loss(
     recipe: Recipe, params: PyTree, model_state: PyTree, keys: jax.Array, batch: PyTree, step: Any
 ) -> tuple[jax.Array, tuple[Any, jax.Array, dict[str, jax.Array]]]:
     """`(loss, (outputs, loss, metrics))`: means over a share, outputs of each datum; a NaN loss counts as 0."""
-    _, (outputs, parts, _, _) = _objective(recipe, None, lambda whole: whole, params, model_state, keys, batch, step)
-    loss, metrics = told(over_devices(recipe, parts))
+    alone = dataclasses.replace(recipe, shards=1, accumulate=1)
+    _, (outputs, parts, _, _) = _objective(alone, None, lambda whole: whole, params, model_state, keys, batch, step)
+    loss, metrics = told(parts)
     return loss, (outputs, loss, metrics)
 
 

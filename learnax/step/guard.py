@@ -13,7 +13,7 @@ import optax
 
 from learnax.step.amounts import finished
 from learnax.step.gradients import Share
-from learnax.step.optimizers import asked_update, last_rate, next_rate
+from learnax.step.optimizers import asked_update, functions_of, last_rate, next_rate
 from learnax.step.packing import Packing
 from learnax.step.patterns import split
 from learnax.step.recipe import Recipe, wide
@@ -101,14 +101,7 @@ def _extra(
     packing: Packing, share: Share, loss: jax.Array, loss_at: Callable[[], Callable[..., jax.Array]]
 ) -> dict[str, Any]:
     """What optax's optimisers may ask for: of the whole step, before any clipping."""
-    value_fn = loss_at()
-    return {
-        "value": loss,
-        "grad": packing.unpack(share.grads),
-        "value_fn": value_fn,
-        "obj_fn": value_fn,
-        "grad_fn": lambda params, number=0: jax.grad(value_fn)(params),
-    }
+    return {"value": loss, "grad": packing.unpack(share.grads), **functions_of(loss_at())}
 
 
 def _is_trusted(leaf: jax.Array) -> bool:

@@ -103,6 +103,20 @@ def asked_update(
     return optimizer.update(grads, opt_state, params, **extra)
 
 
+def functions_of(loss: Callable[[PyTree], jax.Array]) -> dict[str, Callable[..., Any]]:
+    """The functions of what is trained that optax's optimisers ask for, by the names that they go by there."""
+
+    def value_fn(params: PyTree, *, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+        del obj_fn, grad_fn  # a line search hands on all that it does not know
+        return loss(params)
+
+    def grad_fn(params: PyTree, number: int = 0) -> PyTree:
+        del number  # which of several batches: a step has one
+        return jax.grad(loss)(params)
+
+    return {"value_fn": value_fn, "obj_fn": loss, "grad_fn": grad_fn}
+
+
 class SlowState(NamedTuple):
     """The state of an optimiser that keeps its parameters in pairs (`optax.lookahead`).
 
@@ -133,13 +147,17 @@ def in_pairs(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 
 def takes_pairs(optimizer: Any, params: PyTree) -> bool:
     """Whether an optimiser keeps its parameters in pairs."""
+
+    def updates(params: PyTree) -> PyTree:
+        pairs = optax.LookaheadParams(fast=params, slow=params)
+        made = optimizer.update(params, optimizer.init(pairs), pairs)[0]
+        return made if isinstance(made, optax.LookaheadParams) else ()
+
     try:
-        jax.eval_shape(optimizer.init, params)
-    except AttributeError as error:
-        return "'fast'" in str(error) or "'slow'" in str(error)
-    except Exception:  # told of where its start is checked
+        with jax.numpy_dtype_promotion("standard"):  # as in a step
+            return isinstance(jax.eval_shape(updates, params), optax.LookaheadParams)
+    except Exception:  # it takes no pairs
         return False
-    return False
 
 
 def _evaluates(node: Any) -> bool:

@@ -152,17 +152,17 @@ def _loss_at(recipe: Recipe, packing: Packing, state: TrainState, take: Take) ->
     def shares(trained: PyTree) -> Share:
         return _of_all(recipe, packing, False, state, whole(trained), take)[0]
 
-    @jax.custom_vjp
-    def loss(trained: PyTree) -> jax.Array:
+    def plain(trained: PyTree) -> jax.Array:
         return told_loss(shares(trained).parts)
 
     def forward(trained: PyTree) -> tuple[jax.Array, PyTree]:
-        return loss(trained), trained
+        return plain(trained), trained
 
     def backward(trained: PyTree, cotangent: jax.Array) -> tuple[PyTree]:
         grads = packing.unpack(shares(trained).grads)
         return (jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), grads),)
 
+    loss = jax.custom_vjp(plain)
     loss.defvjp(forward, backward)
     return loss
 
