@@ -17,7 +17,6 @@ from learnax.checks.parts import check_devices, check_functions, check_registry,
 from learnax.checks.rates import check_ema, check_optimizer_type, checked_rate, number_of
 from learnax.checks.texts import short
 from learnax.engine import check_compiling
-from learnax.models import as_model
 from learnax.profiling.windows import VARIABLE, Window, parse
 from learnax.step import AXIS
 
@@ -118,7 +117,6 @@ def check_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
             f"{short(given['load_weights'])}"
         )
     check_ema(given["ema"])
-    as_model(given["model"])
     check_functions(given)
     check_run(given["run"], given["registry"])
     check_registry(given["registry"])

@@ -85,9 +85,8 @@ class Linen(Adapter):
                 return self.module.apply(variables, *arguments, rngs=rngs, **mode), model_state
             except ModifyScopeVariableError as error:
                 raise ValueError(
-                    f"in evaluation the module writes to {', '.join(model_state)}, which stays as it is there;\n"
-                    "say how it is called: Linen(module, train={'train': True}, eval={'train': False}) for one\n"
-                    "that has nn.BatchNorm(use_running_average=not train)"
+                    f"in evaluation the module writes to {', '.join(model_state)}: say how it is called, "
+                    "Linen(module, train={'train': True}, eval={'train': False}) for instance"
                 ) from error
         output, after = self.module.apply(variables, *arguments, rngs=rngs, mutable=list(model_state), **mode)
         carried(type(self.module).__name__, after, model_state)
