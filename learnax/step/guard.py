@@ -183,7 +183,8 @@ def averaged(recipe: Recipe, old: TrainState, params: PyTree) -> PyTree:
     """The average of the parameters with the new ones: `decay * ema + (1 - decay) * params`, in float32 at least."""
     if recipe.ema is None:
         return None
-    given = recipe.ema(old.step) if callable(recipe.ema) else recipe.ema
+    with jax.numpy_dtype_promotion("standard"):  # as for optax's schedules
+        given = recipe.ema(old.step) if callable(recipe.ema) else recipe.ema
     decay = jnp.clip(jnp.asarray(given, jnp.float32), 0, 1)
 
     def one(average: jax.Array, new: jax.Array) -> jax.Array:
