@@ -35,7 +35,8 @@ class Transformer(nn.Module):
         x = nn.Embed(128, self.width)(tokens) + places
         mask = nn.make_causal_mask(tokens)
         for _ in range(self.layers):
-            x = x + nn.SelfAttention(4, dropout_rate=0.1, deterministic=not train)(nn.LayerNorm()(x), mask)
+            attend = nn.MultiHeadDotProductAttention(4, dropout_rate=0.1, deterministic=not train)
+            x = x + attend(nn.LayerNorm()(x), mask=mask)
             x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
         return nn.Dense(128)(nn.LayerNorm()(x))
 

@@ -314,6 +314,7 @@ def test_an_nnx_module_holds_the_trained_values_afterwards():
     np.testing.assert_array_equal(module.norm.mean[...], trainer.train_state.model_state["norm"]["mean"])
     trainer.train()
     np.testing.assert_array_equal(module.first.kernel[...], trainer.train_state.params["first"]["kernel"])
+    np.testing.assert_array_equal(trainer.init_train_state().params["first"]["kernel"], before)
     trainer.update(jax.random.key(0), trainer.train_state, make_data(8))  # its values are its own
     assert np.isfinite(module.first.kernel[...]).all()
 

@@ -51,6 +51,7 @@ class NNX(Adapter):
             raise TypeError(f"NNX takes a flax nnx module, but was given {module!r:.80}")
         self.module = module
         graph, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        states = jax.tree.map(lambda leaf: leaf, states)  # variables of their own: those of the module change with it
         twin = nnx.merge(graph, *states)  # the modes are set on an object of its own, which shares the values
         self._graphs = {}
         for training, switch in ((True, twin.train), (False, twin.eval)):
