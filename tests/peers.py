@@ -22,13 +22,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax import nnx
 from jax._src import xla_bridge
 
 from learnax.checkpoint import files, pieces
 from learnax.loss import LossPipe
+from learnax.metrics import Max, Mean
+from learnax.models import NNX, Linen
 from learnax.registry import Registry
 from tests.helpers import (
     MLP,
@@ -240,7 +244,37 @@ RUNS = {
     "guarded": lambda: {"train_dataset": poisoned(), "losses": LossPipe([Poisonable()])},
     "shown": lambda: Shown().options(),
     "convolution": lambda: {"model": Convolution()},
+    "batches": lambda: {
+        "model": Linen(Normed(), batched=True, train={"train": True}, eval={"train": False}),
+        "losses": whole_share,
+        "val_datasets": [make_data(TAIL, 1)],
+    },
+    "nnx": lambda: {"model": NNX(OfNNX(nnx.Rngs(0))), "val_datasets": [make_data(TAIL, 1)], "ema": 0.9},
 }
+
+
+class Normed(nn.Module):
+    """Its statistics are those of all devices, of all processes."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(16, use_bias=False)(x)
+        return nn.Dense(3)(nn.relu(nn.BatchNorm(use_running_average=not train, axis_name="devices")(x)))
+
+
+def whole_share(output, batch):
+    """One number for all that a device sees; a metric over all data; what is there of them."""
+    error = (output - batch[1]) ** 2
+    return output, error.mean(), {"far": Mean(error.sum(), 3.0 * len(error)), "largest": Max(error.max())}
+
+
+class OfNNX(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.last = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(16, 3, rngs=rngs)
+        self.drop = nnx.Dropout(0.2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(nnx.relu(self.first(x))))
 
 
 def trained(name):
