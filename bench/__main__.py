@@ -20,7 +20,17 @@ from bench.opponents import OPPONENTS
 from bench.results import Results
 from bench.workloads import SIZES, makers
 
-ROUNDS = {"mlp-128": 15, "mlp-2048": 9, "digits": 9, "gpt": 7, "nested-0": 5, "nested-2": 5}
+ROUNDS = {
+    "mlp-128": 15,
+    "nnx-mlp": 15,
+    "equinox-mlp": 15,
+    "mlp-2048": 9,
+    "digits": 9,
+    "resnet": 9,
+    "gpt": 7,
+    "nested-0": 5,
+    "nested-2": 5,
+}
 """Turns by default: more where a round is short."""
 
 

@@ -14,6 +14,7 @@ COLOURS = {
     "learnax": "#d1495b",
     "hand": "#30638e",
     "hand-fused": "#7ea8cc",
+    "linen": "#e8a0a9",
     "keras-1": "#8d8d8d",
     "keras-16": "#bdbdbd",
 }

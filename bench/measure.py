@@ -77,7 +77,7 @@ def throughput(results: Results, workload: Workload, opponents: list[str], round
         results.add(workload.name, "learnax", WAITED, "", [r.waited / r.seconds for r in own])
         for name, contender in contenders.items():
             # One dispatch of a fused loop is no step.
-            if name not in ("hand-fused", "keras-16") and not workload.live:
+            if name not in ("hand-fused", "keras-16", "linen") and not workload.live:
                 _add_latency(results, workload, name, contender, calls)
 
 

@@ -73,26 +73,38 @@ class Hand:
         self._careful = len(devices) > 1 and devices[0].platform == "cpu"
         self._stacked = None if workload.live else list(self._read())
 
-        optimizer = optax.adam(workload.learning_rate)
-        first = workload.arguments(workload.data[0])
-        if params is None:
-            params = jax.jit(workload.model.init)(jax.random.key(0), *first)["params"]
-        state = (params, jax.jit(optimizer.init)(params))
+        self._optimizer = optax.adam(workload.learning_rate)
+        state = self._start(params)
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if self._split else state
+        self._step = self._compiled()
 
-        def loss(params: Any, batch: Any) -> jax.Array:
+    def _start(self, params: Any) -> Any:
+        """What a step carries on."""
+        workload = self._workload
+        if params is None:
+            first = workload.arguments(workload.data[0])
+            params = jax.jit(workload.model.init)(jax.random.key(0), *first)["params"]
+        return params, jax.jit(self._optimizer.init)(params)
+
+    def _one(self, state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        """A step."""
+        workload = self._workload
+
+        def loss(params: Any) -> jax.Array:
             return workload.loss(workload.model.apply({"params": params}, *workload.arguments(batch)), batch)
 
-        def one(state: Any, batch: Any) -> tuple[Any, jax.Array]:
-            params, opt_state = state
-            value, grads = jax.value_and_grad(loss)(params, batch)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), value
+        params, opt_state = state
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = self._optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    def _compiled(self) -> Callable[[Any, Any], tuple[Any, jax.Array]]:
+        """A dispatch: a step, or several."""
 
         def many(state: Any, batches: Any) -> tuple[Any, jax.Array]:
-            return jax.lax.scan(one, state, batches)
+            return jax.lax.scan(self._one, state, batches)
 
-        self._step = jax.jit(many if fused > 1 else one, donate_argnums=0)
+        return jax.jit(many if self._fused > 1 else self._one, donate_argnums=0)
 
     def _read(self) -> Iterator[Any]:
         workload = self._workload
@@ -133,6 +145,130 @@ class Hand:
         if self._careful:
             jax.block_until_ready(self._state)
         return loss
+
+
+class HandStatistics(Hand):
+    """The same with batch statistics, carried beside the parameters."""
+
+    def _start(self, params: Any) -> Any:
+        module = self._workload.model.module
+        image = np.asarray(self._workload.data[0][0])[None]
+        variables = module.init(jax.random.key(0), image, train=True)
+        params = variables["params"] if params is None else params
+        return params, self._optimizer.init(params), variables["batch_stats"]
+
+    def _one(self, state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        params, opt_state, statistics = state
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            variables = {"params": params, "batch_stats": statistics}
+            module = self._workload.model.module
+            output, after = module.apply(variables, batch[0], train=True, mutable=["batch_stats"])
+            return self._workload.loss(output, batch), after["batch_stats"]
+
+        (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = self._optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, statistics), value
+
+
+class HandNNX(Hand):
+    """A loop as flax's NNX has it: `nnx.jit` of a step on a module and an `nnx.Optimizer`.
+
+    Fused, the module is split once, and a functional step is scanned.
+    """
+
+    def _start(self, params: Any) -> Any:
+        from flax import nnx
+
+        module = nnx.clone(self._workload.model.module)
+        if self._fused == 1:
+            return module, nnx.Optimizer(module, self._optimizer, wrt=nnx.Param)
+        self._graph, state = nnx.split(module)
+        return state, self._optimizer.init(state)
+
+    def _one(self, state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        from flax import nnx
+
+        def loss(params: Any) -> jax.Array:
+            return self._workload.loss(nnx.merge(self._graph, params)(batch[0]), batch)
+
+        params, opt_state = state
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = self._optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    def _compiled(self) -> Callable[[Any, Any], tuple[Any, jax.Array]]:
+        from flax import nnx
+
+        if self._fused > 1:
+            return super()._compiled()
+
+        @nnx.jit
+        def step(module: Any, optimizer: Any, batch: Any) -> jax.Array:
+            def loss(module: Any) -> jax.Array:
+                return self._workload.loss(module(batch[0]), batch)
+
+            value, grads = nnx.value_and_grad(loss)(module)
+            optimizer.update(module, grads)
+            return value
+
+        return lambda state, batch: (state, step(*state, batch))
+
+
+class HandEquinox(Hand):
+    """A loop as Equinox has it: `eqx.filter_jit` of a step on a module; fused, its arrays are scanned over."""
+
+    def _start(self, params: Any) -> Any:
+        import equinox
+
+        module = self._workload.model.module
+        own, self._rest = equinox.partition(module, equinox.is_inexact_array)
+        # Donated, as learnax's are, and so copies.
+        own = jax.tree.map(jax.numpy.array, own)
+        state = own if self._fused > 1 else equinox.combine(own, self._rest)
+        return state, self._optimizer.init(own)
+
+    def _updated(self, params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        import equinox
+
+        def loss(params: Any) -> jax.Array:
+            module = equinox.combine(params, self._rest)
+            return self._workload.loss(jax.vmap(module)(batch[0]), batch)
+
+        value, grads = equinox.filter_value_and_grad(loss)(params)
+        updates, opt_state = self._optimizer.update(grads, opt_state, params)
+        return equinox.apply_updates(params, updates), opt_state, value
+
+    def _one(self, state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        params, opt_state, value = self._updated(*state, batch)
+        return (params, opt_state), value
+
+    def _compiled(self) -> Callable[[Any, Any], tuple[Any, jax.Array]]:
+        import equinox
+
+        if self._fused > 1:
+            return super()._compiled()
+
+        @equinox.filter_jit(donate="all-except-first")
+        def step(batch: Any, module: Any, opt_state: Any) -> tuple[Any, Any, jax.Array]:
+            params, _ = equinox.partition(module, equinox.is_inexact_array)
+            params, opt_state, value = self._updated(params, opt_state, batch)
+            return equinox.combine(params, self._rest), opt_state, value
+
+        def dispatch(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+            module, opt_state, value = step(batch, *state)
+            return (module, opt_state), value
+
+        return dispatch
+
+
+HANDS: dict[str, type[Hand]] = {
+    "linen": Hand,
+    "statistics": HandStatistics,
+    "nnx": HandNNX,
+    "equinox": HandEquinox,
+}
+"""Loops written by hand, each in its own idiom."""
 
 
 class Keras:
@@ -244,7 +380,7 @@ class Learnax:
     def _one(self) -> Callable[[], None]:
         """On a state of its own: the program takes over what it is given."""
         trainer, engine = self.trainer, self.trainer.engine
-        state, seq = engine.own(trainer.train_state), trainer.rng_seq
+        state, seq = engine.own(trainer.train_state, engine.layout), trainer.rng_seq
         block = next(iter(trainer.loaders["train"].blocks()))
         start, count = engine.scalar(0), engine.scalar(1)
         (program,) = [program for (kind, _), program in engine.programs.items() if kind == "train"]
@@ -269,9 +405,15 @@ class Learnax:
             self._thread.join()
 
 
+def _twin(workload: Workload) -> Contender:
+    assert workload.twin is not None
+    return Learnax(workload.twin())
+
+
 OPPONENTS: dict[str, Callable[[Workload], Contender]] = {
-    "hand": Hand,
-    "hand-fused": lambda workload: Hand(workload, FUSED),
+    "hand": lambda workload: HANDS[workload.kind](workload),
+    "hand-fused": lambda workload: HANDS[workload.kind](workload, FUSED),
+    "linen": _twin,
     "keras-1": lambda workload: Keras(workload, 1),
     "keras-16": lambda workload: Keras(workload, FUSED),
 }
@@ -282,6 +424,8 @@ def why_not(opponent: str, workload: Workload) -> str | None:
     """Why an opponent does not take part, or None."""
     if opponent == "hand-fused" and workload.live:
         return "its data are read as it goes"
+    if opponent == "linen" and workload.twin is None:
+        return "it is of linen itself"
     if opponent.startswith("keras"):
         if workload.keras is None:
             return "it has no Keras form"

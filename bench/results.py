@@ -19,7 +19,12 @@ TARGETS = {
     ("mlp-2048", "learnax", "hand"): 1.05,
     ("mlp-2048", "learnax", "keras-16"): 1.05,
     ("mlp-2048", "learnax, wandb", "learnax"): 1.03,
+    ("nnx-mlp", "learnax", "hand"): 1.02,
+    ("nnx-mlp", "learnax", "linen"): 1.02,
+    ("equinox-mlp", "learnax", "hand"): 1.02,
+    ("equinox-mlp", "learnax", "linen"): 1.02,
     ("digits", "learnax", "hand"): 1.02,
+    ("resnet", "learnax", "hand"): 1.02,
     ("gpt", "learnax", "hand"): 1.02,
     ("gpt", "learnax, second start", "learnax, first start"): 0.50,
 }

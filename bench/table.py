@@ -14,13 +14,22 @@ from bench.results import Results
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 WORKLOADS = {
     "mlp-128": "MLP, width 128",
+    "nnx-mlp": "the same in NNX",
+    "equinox-mlp": "the same in Equinox",
     "mlp-2048": "MLP, width 2048",
     "digits": "convolutional net, digits",
+    "resnet": "ResNet with batch statistics, digits",
     "gpt": "GPT, {scale} parameters",
     "nested-0": "records made in Python",
     "nested-2": "the same, `num_workers=2`",
 }
-OPPONENTS = {"hand": "hand-written", "hand-fused": "the same, fused", "keras-1": "Keras", "keras-16": "Keras, 16 steps"}
+OPPONENTS = {
+    "hand": "hand-written",
+    "hand-fused": "the same, fused",
+    "linen": "learnax on flax linen",
+    "keras-1": "Keras",
+    "keras-16": "Keras, 16 steps",
+}
 
 
 def markdown(results: Results) -> str:

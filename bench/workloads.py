@@ -23,7 +23,7 @@ class Workload:
 
     Attributes:
         name: what it is called on the command line and in results.
-        model: the flax module; it takes one datum or a batch of them.
+        model: what learnax trains: a flax module, which takes one datum or a batch of them, or one in an adapter.
         loss: `(output, datum) -> scalar`, a mean over all there is, so that it takes a batch, too.
         data: a list of data, or a dataset that works for each item.
         batch_size: data per step.
@@ -34,10 +34,12 @@ class Workload:
         live: whether a hand-written loop reads the data as it goes, because reading is what is measured.
         flops: multiplications and additions in the matrix products of a step; 0 where they are not counted.
         dtype: what the matrices are multiplied in.
+        kind: the idiom of a loop written by hand, see `bench.opponents.HANDS`.
+        twin: a workload of the same computation in flax linen, which learnax is measured against.
     """
 
     name: str
-    model: nn.Module
+    model: Any
     loss: Callable[[Any, Any], jax.Array]
     data: Any
     batch_size: int
@@ -48,6 +50,8 @@ class Workload:
     live: bool = False
     flops: float = 0.0
     dtype: Any = jnp.float32
+    kind: str = "linen"
+    twin: Callable[[], Workload] | None = None
 
     def arguments(self, datum: Any) -> list[Any]:
         """A datum or a batch as the model's arguments."""
@@ -93,6 +97,75 @@ def mlp(width: int, steps: int) -> Workload:
         return keras.Sequential([keras.Input((IN,)), *hidden, keras.layers.Dense(OUT)]), "mse"
 
     return Workload(f"mlp-{width}", MLP(width), squared_error, data, 64, steps, keras=in_keras)
+
+
+def nnx_mlp(width: int, steps: int) -> Workload:
+    """The same MLP as a module of flax's NNX, which sees batches."""
+    from flax import nnx
+
+    from learnax.models import NNX
+
+    class OfNNX(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.first = nnx.Linear(IN, width, rngs=rngs)
+            self.second = nnx.Linear(width, width, rngs=rngs)
+            self.last = nnx.Linear(width, OUT, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return self.last(nnx.relu(self.second(nnx.relu(self.first(x)))))
+
+    twin = mlp(width, steps)
+    model = NNX(OfNNX(nnx.Rngs(0)), batched=True)
+    return Workload("nnx-mlp", model, squared_error, twin.data, 64, steps, kind="nnx", twin=lambda: mlp(width, steps))
+
+
+def equinox_mlp(width: int, steps: int) -> Workload:
+    """The same MLP as an Equinox module, which sees one datum."""
+    import equinox
+
+    from learnax.models import Equinox
+
+    twin = mlp(width, steps)
+    model = Equinox(equinox.nn.MLP(IN, OUT, width, 2, key=jax.random.key(0)))
+    return Workload(
+        "equinox-mlp",
+        model,
+        squared_error,
+        twin.data,
+        64,
+        steps,
+        kind="equinox",
+        twin=lambda: mlp(width, steps),
+    )
+
+
+# ---- a residual net with batch normalisation
+
+
+class ResNet(nn.Module):
+    """Two residual blocks with batch normalisation on images `(n, 8, 8, 1)`."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Ten logits of each."""
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        x = nn.relu(norm()(nn.Conv(16, (3, 3), use_bias=False)(x)))
+        for filters, strides in ((16, 1), (32, 2)):
+            y = nn.relu(norm()(nn.Conv(filters, (3, 3), strides, use_bias=False)(x)))
+            y = norm()(nn.Conv(filters, (3, 3), use_bias=False)(y))
+            if x.shape != y.shape:
+                x = norm()(nn.Conv(filters, (1, 1), strides, use_bias=False)(x))
+            x = nn.relu(x + y)
+        return nn.Dense(10)(x.mean(axis=(1, 2)))
+
+
+def resnet(passes: int) -> Workload:
+    """A small ResNet on scikit-learn's digits, whose batch statistics are carried from step to step."""
+    from learnax.models import Linen
+
+    scans = digits(passes)
+    model = Linen(ResNet(), batched=True, train={"train": True}, eval={"train": False})
+    return Workload("resnet", model, cross_entropy, scans.data, 64, scans.steps, kind="statistics")
 
 
 # ---- a convolutional net on real scans
@@ -279,7 +352,10 @@ def makers(scale: str, quick: bool) -> dict[str, Callable[[], Workload]]:
         "mlp-128": functools.partial(mlp, 128, 128 if quick else 1024),
         "mlp-2048": functools.partial(mlp, 2048, 16 if quick else 64),
         "mlp-4096": functools.partial(mlp, 4096, 32 if quick else 64),
+        "nnx-mlp": functools.partial(nnx_mlp, 128, 128 if quick else 1024),
+        "equinox-mlp": functools.partial(equinox_mlp, 128, 128 if quick else 1024),
         "digits": functools.partial(digits, 1 if quick else 6),
+        "resnet": functools.partial(resnet, 1 if quick else 2),
         "gpt": functools.partial(gpt, scale, 16),
         "nested-0": functools.partial(nested, 0, 32 if quick else 128),
         "nested-2": functools.partial(nested, 2, 32 if quick else 128),

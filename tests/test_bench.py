@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bench import compare, report, table
-from bench.opponents import OPPONENTS, Hand, Learnax, why_not
+from bench.opponents import HANDS, OPPONENTS, Learnax, why_not
 from bench.results import Compared, Results
 from bench.stats import Ratio, bootstrap_ratio
 from bench.workloads import SIZES, makers, mlp
@@ -209,17 +209,26 @@ def workload(name):
 # Fused loops are compared where they take little to compile.
 @pytest.mark.parametrize(
     ("name", "fused"),
-    [("mlp-128", True), ("digits", False), ("gpt", True), ("nested-0", False)],
-    ids=["mlp-128", "digits", "gpt", "nested-0"],
+    [
+        ("mlp-128", True),
+        ("digits", False),
+        ("gpt", True),
+        ("nested-0", False),
+        ("resnet", False),
+        ("nnx-mlp", True),
+        ("equinox-mlp", True),
+    ],
+    ids=["mlp-128", "digits", "gpt", "nested-0", "resnet", "nnx-mlp", "equinox-mlp"],
 )
 def test_learnax_and_the_hand_written_loop_compute_the_same_losses(name, fused, one_device, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: one_device)
     monkeypatch.setitem(SIZES, "small", SIZES["10m"]._replace(layers=1, width=64, context=16))
     with jax.numpy_dtype_promotion("standard"):
         work = makers("small", quick=True)[name]()
-        ours = Learnax(work, max_grad=UNCLIPPED, compilation_cache=False)
+        ours = Learnax(work, max_grad=UNCLIPPED, compilation_cache=False, devices=one_device)
         params = jax.tree.map(np.array, ours.trainer.train_state.params)
-        contenders = [Hand(work, params=params)] + [Hand(work, 16, params)] * fused
+        hand = HANDS[work.kind]
+        contenders = [hand(work, params=params)] + [hand(work, 16, params)] * fused
         theirs = [hand.losses() for hand in contenders]
         ours.round()
         losses = ours.trainer.metrics["train/loss"]
@@ -269,7 +278,8 @@ def test_a_gpt_is_about_as_large_as_its_scale_says(scale, size):
 
 
 def test_who_does_not_take_part_is_told_why():
-    assert set(OPPONENTS) == {"hand", "hand-fused", "keras-1", "keras-16"}
+    assert set(OPPONENTS) == {"hand", "hand-fused", "linen", "keras-1", "keras-16"}
+    assert why_not("linen", workload("mlp-128")) == "it is of linen itself"
     assert why_not("hand", workload("nested-0")) is None
     assert why_not("hand-fused", workload("nested-0")) == "its data are read as it goes"
     assert why_not("keras-1", workload("nested-0")) == "it has no Keras form"
