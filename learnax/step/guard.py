@@ -14,7 +14,7 @@ import optax
 from learnax.step.amounts import finished
 from learnax.step.gradients import Share
 from learnax.step.optimizers import asked_update, functions_of, last_rate, next_rate
-from learnax.step.packing import Packing
+from learnax.step.packing import SMALL, Packing
 from learnax.step.patterns import split
 from learnax.step.recipe import Recipe, wide
 from learnax.step.scalars import NAN_DATA
@@ -196,10 +196,13 @@ def averaged(recipe: Recipe, old: TrainState, params: PyTree) -> PyTree:
 
 def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
     """Whether what a model carries on is as finite as it was."""
-
-    def stays(old: jax.Array, new: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(old.dtype, jnp.inexact):
-            return jnp.asarray(True)
-        return (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
-
-    return functools.reduce(jnp.logical_and, jax.tree.leaves(jax.tree.map(stays, before, after)), jnp.asarray(True))
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    floats = [(old, new) for old, new in pairs if jnp.issubdtype(old.dtype, jnp.inexact)]
+    # Small ones side by side: an operation on each costs more than what it does.
+    small = [pair for pair in floats if pair[0].size <= SMALL and pair[0].dtype == jnp.float32]
+    large = [pair for pair in floats if not any(pair is one for one in small)]
+    if small:
+        old, new = (jnp.concatenate([leaf.reshape(-1) for leaf in side]) for side in zip(*small, strict=True))
+        large.append((old, new))
+    kept = [(jnp.isfinite(new) | ~jnp.isfinite(old)).all() for old, new in large]
+    return functools.reduce(jnp.logical_and, kept, jnp.asarray(True))
