@@ -1,4 +1,4 @@
-"""A compiled training engine for Flax models: hand a `Trainer` a model, losses and data, and it trains."""
+"""A compiled training engine for JAX models: hand a `Trainer` a model, losses and data, and it trains."""
 
 from learnax.profiling import clock  # isort: skip  (first, to see all of the import)
 from learnax import checkpoint as checkpoint

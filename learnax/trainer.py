@@ -45,7 +45,7 @@ _part = functools.partial(_Forwarded, "parts")
 
 
 class Trainer:
-    """Trains a Flax model on one compiled step.
+    """Trains a JAX model on one compiled step.
 
     Once built, it is ready: arguments are checked, the state is initialised or loaded. `train()` runs
     to the end; `train_state` and `metrics` are live.
