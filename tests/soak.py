@@ -35,6 +35,7 @@ FORMS = {
     "data on the devices, wide": {"width": 4096, "size": 192},
     "half precision": {"dtype": "bfloat16", "seconds": 2e-4},
     "an optimizer with keys and masks": {"optimizer": "keys and masks", "seconds": 2e-4},
+    "statistics, weights, an average, float16": {"model": "nnx", "trainer": {"ema": 0.9}, "seconds": 2e-4},
 }
 COMMON = {"epochs": 60, "save_every": SAVE_EVERY}
 

@@ -215,14 +215,26 @@ def test_statistics_of_shares_are_their_means_over_the_devices():
     assert_trees_close(trainer.train_state.model_state, jax.tree.map(lambda a, b: (a + b) / 2, *after))
 
 
-def test_accumulated_batches_take_the_statistics_in_turn():
-    trainer = make(linen(), accumulate_steps=2, num_epochs=1, train_dataset=make_data(16))
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulated_batches_take_what_is_carried_in_turn(kind):
+    """One update from two batches: the mean of their gradients, the statistics of one after the other."""
+    options = {"accumulate_steps": 2, "num_epochs": 1, "train_dataset": make_data(16), "optimizer": optax.sgd(0.1)}
+    trainer = make(KINDS[kind](), max_grad=1e9, **options)
     params, state = host(trainer.train_state.params), host(trainer.train_state.model_state)
+    grads = []
+    for part in (slice(8), slice(8, 16)):
+        x, y = (np.stack(column)[part] for column in zip(*make_data(16), strict=True))
+
+        def loss(params, x=x, y=y, state=state):
+            output, after = called(trainer.parts.model, params, state, x, True)
+            return jnp.mean((output - y) ** 2), after
+
+        own, state = jax.grad(loss, has_aux=True)(params)
+        grads.append(own)
     trainer.train()
     assert trainer.train_state.step == 1
-    for part in (slice(8), slice(8, 16)):
-        x = np.stack([x for x, _ in make_data(16)])[part]
-        state = called(trainer.parts.model, params, state, x, True)[1]
+    expected = jax.tree.map(lambda p, a, b: p - 0.05 * (a + b), params, *grads)
+    assert_trees_close(trainer.train_state.params, expected)
     assert_trees_close(trainer.train_state.model_state, state)
 
 

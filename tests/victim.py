@@ -56,6 +56,7 @@ def main(folder, options):
     import jax.numpy as jnp
     import numpy as np
     import optax
+    from flax import nnx
 
     from learnax.checkpoint import files
     from learnax.checkpoint.folder import Folder
@@ -63,6 +64,8 @@ def main(folder, options):
     from learnax.hooks import Validation
     from learnax.loop import Loop
     from learnax.loss import LossPipe
+    from learnax.metrics import Max, Mean
+    from learnax.models import NNX
     from learnax.progress import Progress
     from learnax.trainer import Trainer
     from tests.helpers import Squared, make_data
@@ -73,6 +76,21 @@ def main(folder, options):
             dtype = jnp.dtype(options.get("dtype", "float32"))
             x = nn.relu(nn.Dense(options.get("width", 64), param_dtype=dtype)(x))
             return nn.Dense(3, param_dtype=dtype)(nn.Dropout(0.25, deterministic=False)(x)).astype(jnp.float32)
+
+    class OfNNX(nnx.Module):
+        """Statistics, random streams, and halves whose loss has a scale."""
+
+        def __init__(self, rngs):
+            self.first, self.last = nnx.Linear(8, 64, rngs=rngs), nnx.Linear(64, 3, rngs=rngs)
+            self.norm, self.drop = nnx.BatchNorm(64, momentum=0.9, rngs=rngs), nnx.Dropout(0.25, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(self.drop(nnx.relu(self.norm(self.first(x)))))
+
+    def weighted(output, batch):
+        error = (output - batch[1]) ** 2
+        weight = jnp.abs(batch[1])
+        return output, Mean((error * weight).sum(-1), weight.sum(-1)), {"largest": Max(error.max(-1))}
 
     class Slow:
         """Data that take their time, and a stop on the way where one is asked for."""
@@ -138,10 +156,15 @@ def main(folder, options):
     }
     data = make_data(options.get("size", 96))
     seconds = options.get("seconds", 0.0)
+    models = {
+        None: lambda: (Net(), LossPipe([Squared()])),
+        "nnx": lambda: (NNX(OfNNX(nnx.Rngs(0)), batched=True, precision="fp16"), weighted),
+    }
+    model, losses = models[options.get("model")]()
     trainer = Trainer(
-        Net(),
+        model,
         1e-2,
-        LossPipe([Squared()]),
+        losses,
         seed=0,
         train_dataset=Slow(data, seconds) if seconds else data,
         val_datasets={"val": Slow(make_data(21, seed=1), seconds)},
