@@ -11,6 +11,7 @@ import pytest
 
 from learnax.cluster.processes import OneProcess
 from learnax.log import Log, Means, in_notebook
+from learnax.log.pace import Pace
 from learnax.profiling.phases import Phases
 from learnax.step import Part, Scalars
 from tests.helpers import MemoryRun, make_data, make_trainer, run_script
@@ -216,3 +217,25 @@ def test_update_times_sum_to_all_of_the_time_that_the_devices_were_waited_for(op
     trainer.train()
     waited, first = trainer.phases.drain.seconds, trainer.startup["first step"]
     assert sum(trainer.metrics["train/update_time"]) >= 0.999 * (waited + first) > 0
+
+
+# ---- how far ahead
+
+
+def test_the_host_runs_ahead_by_a_tenth_of_a_second_and_no_further(monkeypatch):
+    clock = iter(np.arange(0, 100, 0.05))
+    monkeypatch.setattr("learnax.log.pace.time.perf_counter", lambda: next(clock))
+    pace = Pace(2, fixed=False)
+    assert (pace.room, pace.left) == (2, 2)
+    pace.waited(5)  # from when is not known
+    assert pace.room == 2
+    pace.waited(5)  # 10 ms each
+    assert (pace.room, pace.left) == (10, 5)
+    pace.waited(1000)
+    assert (pace.room, pace.left) == (32, 16)
+    pace.waited(1)
+    assert (pace.room, pace.left) == (2, 2)
+    for pace in (Pace(0, fixed=False), Pace(2, fixed=True)):
+        for _ in range(3):
+            pace.waited(100)
+        assert pace.room == pace.left == (2 if pace.room else 0)

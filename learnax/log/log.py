@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from learnax.cluster.processes import Processes
+from learnax.log.pace import Pace
 from learnax.log.sender import sender
 from learnax.profiling.ledger import Ledger
 from learnax.profiling.phases import Phases
@@ -80,12 +81,11 @@ class _Rows(NamedTuple):
 class Log:
     """Keeps a run's metrics.
 
-    A dispatch's scalars are read when `in_flight` later ones have been made: by then they are there. Where
-    dispatches are quick, several are read at once.
+    A dispatch's scalars are read when they are there. Where dispatches are quick, several are read at once.
 
     Args:
         run: where metrics go: anything with `log(dict)`, or None.
-        in_flight: dispatches that may be unfinished when another one is made.
+        in_flight: dispatches that may be unfinished in any case when another one is made.
         steps: training steps of the whole run, for the progress bar.
         phases: the run's clock.
         processes: of the run: the first one logs and draws.
@@ -107,7 +107,8 @@ class Log:
         self.step = 0
         self._sender = sender(run if processes.first else None)
         self._processes = processes
-        self._in_flight = in_flight
+        self._pace = Pace(in_flight, fixed=processes.count > 1)
+        self._unwaited = 0
         self._steps = steps
         self._phases = phases
         self._pending: deque[_Steps] = deque()
@@ -150,18 +151,24 @@ class Log:
                     self._sender.close()
 
     def wait_for_room(self) -> None:
-        """Waits until no more than `in_flight` dispatches are unfinished; keeps the metrics of the others, in bulk.
+        """Waits until another dispatch may be made, see `Pace`; keeps the metrics of those that are done, in bulk.
 
         Raises:
             NoProgressError: the last `max_dropped` updates were all dropped.
         """
-        while len(self._pending) - self._done > self._in_flight:
-            with self._phases.drain:
-                self._pending[self._done].scalars.values.block_until_ready()
+        alone = self._processes.count == 1
+        while alone and self._done < len(self._pending) and self._pending[self._done].scalars.values.is_ready():
             self._done += 1
+            self._unwaited += 1
+        if len(self._pending) - self._done > self._pace.room:
+            before, self._done = self._done, len(self._pending) - self._pace.left
+            with self._phases.drain:
+                self._pending[self._done - 1].scalars.values.block_until_ready()
+            self._pace.waited(self._done - before + self._unwaited)
+            self._unwaited = 0
         # Where a dispatch is cut depends on what is known of the steps before, which several processes must know alike:
         # they ask no clock.
-        late = self._processes.count > 1 or time.perf_counter() - self._last_read > _BULK_S
+        late = not alone or time.perf_counter() - self._last_read > _BULK_S
         if self._done >= _BULK or (self._done and late):
             self._keep_first(self._done)
             self._check_progress()
