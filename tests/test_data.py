@@ -183,6 +183,7 @@ def test_the_next_batch_is_read_while_the_step_runs():
 
 def test_a_batch_is_read_after_the_step_before_it_was_dispatched_and_metrics_come_late(monkeypatch):
     monkeypatch.setattr("learnax.log.log._BULK", 1)
+    monkeypatch.setattr("learnax.log.pace._MOST", 2)  # no further ahead
     history = []
 
     class Watching(Streamed):

@@ -81,7 +81,8 @@ class _Rows(NamedTuple):
 class Log:
     """Keeps a run's metrics.
 
-    A dispatch's scalars are read when they are there. Where dispatches are quick, several are read at once.
+    A dispatch's scalars are read when later ones have been made, so that they are there by then. Where dispatches are
+    quick, several are read at once.
 
     Args:
         run: where metrics go: anything with `log(dict)`, or None.
@@ -108,7 +109,6 @@ class Log:
         self._sender = sender(run if processes.first else None)
         self._processes = processes
         self._pace = Pace(in_flight, fixed=processes.count > 1)
-        self._unwaited = 0
         self._steps = steps
         self._phases = phases
         self._pending: deque[_Steps] = deque()
@@ -156,19 +156,14 @@ class Log:
         Raises:
             NoProgressError: the last `max_dropped` updates were all dropped.
         """
-        alone = self._processes.count == 1
-        while alone and self._done < len(self._pending) and self._pending[self._done].scalars.values.is_ready():
-            self._done += 1
-            self._unwaited += 1
         if len(self._pending) - self._done > self._pace.room:
             before, self._done = self._done, len(self._pending) - self._pace.left
             with self._phases.drain:
                 self._pending[self._done - 1].scalars.values.block_until_ready()
-            self._pace.waited(self._done - before + self._unwaited)
-            self._unwaited = 0
+            self._pace.waited(self._done - before)
         # Where a dispatch is cut depends on what is known of the steps before, which several processes must know alike:
         # they ask no clock.
-        late = not alone or time.perf_counter() - self._last_read > _BULK_S
+        late = self._processes.count > 1 or time.perf_counter() - self._last_read > _BULK_S
         if self._done >= _BULK or (self._done and late):
             self._keep_first(self._done)
             self._check_progress()
