@@ -103,9 +103,14 @@ class Settings:
         return self.single_batch or self.single_datum
 
     @property
+    def safe(self) -> bool:
+        """Whether the squares of clipped gradients are finite."""
+        return self.max_grad <= _SAFE_GRAD
+
+    @property
     def trusted(self) -> bool:
         """Whether finite gradients and a finite rate make a finite update."""
-        return self.own_optimizer and self.max_grad <= _SAFE_GRAD
+        return self.own_optimizer and self.safe
 
     @functools.cached_property
     def epoch_steps(self) -> int:

@@ -21,16 +21,27 @@ class Plan:
         why: the reason, for a person.
         looped: whether the model is as fast inside a loop as outside.
         step_bytes: size of a step's data.
+        selects: whether the NaN guard selects between two states, or makes the update in a loop; see
+            `learnax.step.guard`.
     """
 
     room: int
     why: str
     looped: bool
     step_bytes: int = dataclasses.field(default=0, compare=False)
+    selects: bool = dataclasses.field(default=False, compare=False)
 
     def __str__(self) -> str:
         size = self.room * self.step_bytes / (1 << 20)
         return f"{self.room} step(s) per dispatch: {self.why}; a dispatch's data take {size:.3g} MB"
+
+
+def selects(platform: str) -> bool:
+    """Whether the NaN guard selects on these devices.
+
+    Compiled for an H100, a select costs no loop, no copy of the state and no memory; on a CPU it costs all of them.
+    """
+    return platform != "cpu"
 
 
 def plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes: int, epoch_steps: int) -> Plan:
@@ -45,16 +56,21 @@ def plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes
         step_bytes: size of a step's data.
         epoch_steps: steps in an epoch; more in a dispatch would be padding.
     """
+    made = _plan(asked, platform, primitives, step_bytes, epoch_steps)
+    return dataclasses.replace(made, step_bytes=step_bytes, selects=selects(platform))
+
+
+def _plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes: int, epoch_steps: int) -> Plan:
     # Measured on a 2-core CPU: a convolution inside a loop takes 9 times as long as outside.
     looped = not (platform == "cpu" and "conv_general_dilated" in primitives)
     if asked != "auto":
-        return Plan(min(int(asked), epoch_steps), "as asked for, or as many as an epoch has", looped, step_bytes)
+        return Plan(min(int(asked), epoch_steps), "as asked for, or as many as an epoch has", looped)
     if platform != "cpu":
-        return Plan(1, f"fusing is not measured on {platform}", looped, step_bytes)
+        return Plan(1, f"fusing is not measured on {platform}", looped)
     if not looped:
-        return Plan(1, "a convolution is slower inside a loop on a CPU", looped, step_bytes)
+        return Plan(1, "a convolution is slower inside a loop on a CPU", looped)
     room = FUSED
     while room > 1 and room * step_bytes > BLOCK_BYTES:
         room //= 2
     why = "dispatches cost more than steps" if room == FUSED else f"their data must fit into {BLOCK_BYTES >> 20} MB"
-    return Plan(min(room, epoch_steps), why, looped, step_bytes)
+    return Plan(min(room, epoch_steps), why, looped)

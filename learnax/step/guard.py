@@ -16,6 +16,7 @@ from learnax.step.gradients import Share
 from learnax.step.optimizers import asked_update, functions_of, last_rate, next_rate
 from learnax.step.packing import SMALL, Packing
 from learnax.step.patterns import split
+from learnax.step.proofs import conditions_of
 from learnax.step.recipe import Recipe, wide
 from learnax.step.scalars import NAN_DATA
 from learnax.step.scaling import adjusted, followed
@@ -58,25 +59,31 @@ def apply(
     """
     squares = packing.squares(share.grads)
     norm = jnp.sqrt(squares.sum())
-    sound = _sound(share.grads, norm)
+    sound = _sound(share.grads, norm, selects=recipe.selects)
     values = finished(share.parts)
-    extra = {} if recipe.trusted else _extra(packing, share, values["loss"], loss_at)
+    exact = all(map(_is_trusted, jax.tree.leaves(state.params)))
+    known = conditions_of(recipe.optimizer, state.opt_state) if recipe.safe and exact and not recipe.trusted else None
+    extra = {} if recipe.trusted or known is not None else _extra(packing, share, values["loss"], loss_at)
     after = followed(recipe, state.model_state, share.model_state)
     step = _Step(recipe, packing, share.grads, norm, after, extra)
     overflow = ~sound & (state.model_state.scale > 1) if recipe.model.scaled else None
     if after is not None:
         sound &= _stays_finite(state.model_state, after)
-    if recipe.trusted and all(map(_is_trusted, jax.tree.leaves(state.params))):
+    before = state.step
+    if recipe.trusted and exact:
         assert recipe.learning_rate is not None  # Adam was made from it
         rate: jax.Array | None = (now := next_rate(recipe.learning_rate, state))
         sound &= jnp.isfinite(now)
         state = _guarded(step, state, sound)
     else:
-        before = state.step
-        # Updates are computed twice, the first time only to look for NaN: cheaper than memory for a second state.
-        updates, _ = _updates(step, state)
-        trained, _ = split(recipe.optimizer, state.params)
-        sound &= _all_finite(updates) & _stay_finite(trained, updates)
+        if known is not None:
+            sound = functools.reduce(jnp.logical_and, known, sound)
+        else:
+            # Updates are computed here only to look for NaN, and again where they are made: on a CPU that is cheaper
+            # than memory for a second state. Where the guard selects, the compiler sees that both are the same.
+            updates, _ = _updates(step, state)
+            trained, _ = split(recipe.optimizer, state.params)
+            sound &= _all_finite(updates) & _stay_finite(trained, updates)
         state = _guarded(step, state, sound)
         rate = last_rate(recipe.learning_rate, state, before)
     scaling: dict[str, jax.Array] = {}
@@ -127,13 +134,14 @@ def _applied(params: PyTree, updates: PyTree) -> PyTree:
         return optax.apply_updates(params, updates)
 
 
-def _sound(grads: PyTree, norm: jax.Array) -> jax.Array:
+def _sound(grads: PyTree, norm: jax.Array, *, selects: bool) -> jax.Array:
     """Whether the clipped gradients are free of NaN.
 
     A finite norm says so at no cost. An infinite one may only have overflowed, with every gradient
-    finite; that is looked at leaf by leaf, in the rare case alone.
+    finite; that is looked at leaf by leaf, in the rare case alone where a branch costs little.
     """
-
+    if selects:
+        return _all_finite(grads)
     return jax.lax.cond(jnp.isfinite(norm), lambda: jnp.asarray(True), lambda: _all_finite(grads))
 
 
@@ -156,14 +164,15 @@ def _updates(step: _Step, state: TrainState) -> tuple[PyTree, Any]:
 
 
 def _guarded(step: _Step, state: TrainState, sound: jax.Array) -> TrainState:
-    """The update, made or not made: a loop of one trip or none.
+    """The update, made or not made.
 
-    A `where` or `cond` between the old and the new state makes XLA keep both and copy one; a loop
-    carries the state in place, so that a donated state is updated in its own buffers.
+    On a CPU it is a loop of one trip or none: a `where` or `cond` between the old and the new state makes XLA keep
+    both there and copy one, and a loop carries the state in place, so that a donated state is updated in its own
+    buffers. On a GPU it is the other way round (compiled for an H100: a select costs no copy and no memory), and a loop
+    is one whose count is read on the host.
     """
 
-    def update(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
-        _, old = carry
+    def made(old: TrainState) -> TrainState:
         updates, opt_state = _updates(step, old)
         trained, whole = split(step.recipe.optimizer, old.params)
         params = whole(_applied(trained, updates))
@@ -174,8 +183,11 @@ def _guarded(step: _Step, state: TrainState, sound: jax.Array) -> TrainState:
             model_state=step.model_state,
             ema=averaged(step.recipe, old, params),
         )
-        return jnp.asarray(False), jax.tree.map(lambda n, o: jnp.asarray(n).astype(o.dtype), new, old)
+        return jax.tree.map(lambda n, o: jnp.asarray(n).astype(o.dtype), new, old)
 
+    if step.recipe.selects:
+        return jax.tree.map(lambda n, o: jnp.where(sound, n, o), made(state), state)
+    update = lambda carry: (jnp.asarray(False), made(carry[1]))  # noqa: E731
     return jax.lax.while_loop(lambda carry: carry[0], update, (sound, state))[1]
 
 

@@ -35,8 +35,10 @@ class Recipe:
         batch_size: data per batch, over all devices.
         shards: devices that a batch is split over.
         accumulate: batches whose gradients are averaged before an update.
-        trusted: whether finite gradients and a finite rate make a finite update, as with Adam behind a clip.
+        safe: whether the clip keeps the squares of gradients finite in float32.
+        trusted: whether finite gradients and a finite rate make a finite update, as with Adam behind such a clip.
         looped: whether the model is as fast inside a loop as outside.
+        selects: whether the guard selects between two states, or makes the update in a loop of one trip or none.
         weighted: whether the loss has weights of its own, see `learnax.metrics.Mean`.
         by_datum: whether losses and metrics are given for each datum, so that padding can be left out of them.
         ema: the decay of the parameters' average, a number or a schedule; None where there is none.
@@ -51,8 +53,10 @@ class Recipe:
     batch_size: int
     shards: int
     accumulate: int = 1
+    safe: bool = True
     trusted: bool = True
     looped: bool = True
+    selects: bool = False
     weighted: bool = False
     by_datum: bool = True
     ema: float | Callable[[Any], Any] | None = None

@@ -1,0 +1,87 @@
+"""What is known of optax's parts: their updates are made once, and are as finite as they are said to be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from learnax.step.proofs import conditions_of
+from tests.helpers import assert_trees_close, host, make_data, make_trainer
+
+SCHEDULE = optax.cosine_decay_schedule(1e-2, 100)
+KNOWN = {
+    "adam": optax.adam(1e-2),
+    "adamw": optax.adamw(SCHEDULE, weight_decay=0.1),
+    "adamw with a mask": optax.adamw(1e-2, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+    "lion": optax.lion(1e-3),
+    "sgd": optax.sgd(1e-2, momentum=0.9, nesterov=True),
+    "rmsprop": optax.rmsprop(1e-2),
+    "a chain": optax.chain(optax.clip_by_global_norm(1.0), optax.clip(0.5), optax.adamw(SCHEDULE)),
+}
+UNKNOWN = {
+    "no eps": optax.adam(1e-2, eps=0.0),
+    "halves": optax.adam(1e-2, mu_dtype=jnp.bfloat16),
+    "momentum that grows": optax.sgd(1e-2, momentum=1.0),
+    "a rate that is none": optax.sgd(float("nan")),
+    "adafactor": optax.adafactor(1e-2),
+    "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
+    "a part of ones own": optax.chain(optax.stateless(lambda updates, params: updates), optax.adam(1e-2)),
+    "muon": optax.contrib.muon(1e-2),
+}
+PARAMS = {"w": np.ones((3, 2), np.float32), "b": np.zeros(2, np.float32)}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_known_optimizer_makes_finite_updates_of_any_finite_gradients(name):
+    tx = KNOWN[name]
+    state = tx.init(PARAMS)
+    assert conditions_of(tx, state) is not None
+    rng = np.random.default_rng()
+    params = PARAMS
+    for _ in range(200):  # of all sizes up to what a clip of 1e18 lets through, zeros among them
+        sizes = 10.0 ** rng.uniform(-45, 17, 8) * rng.integers(0, 2, 8) * rng.choice([-1, 1], 8)
+        grads = {"w": sizes[:6].reshape(3, 2).astype(np.float32), "b": sizes[6:].astype(np.float32)}
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)))
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_of_another_one_nothing_is_known(name):
+    tx = UNKNOWN[name]
+    assert conditions_of(tx, tx.init(PARAMS)) is None
+
+
+def square_roots(trainer):
+    (program,) = [program for program in trainer.engine.programs.values() if program.kind == "train"]
+    return program.compiled.as_text().count(" sqrt(")
+
+
+def test_a_known_optimizers_update_is_made_once():
+    known, other = (make_trainer(optimizer=KNOWN["adam"], max_grad=clip, compile=True) for clip in (1.0, 1e30))
+    assert square_roots(known) < square_roots(other)
+    known.train()
+    other.train()
+    assert_trees_close(host(known.train_state.params)["Dense_1"], host(known.train_state.params)["Dense_1"])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_schedule_that_breaks_drops_its_updates(count):
+    schedule = lambda step: jnp.where(step == 3, jnp.nan, 1e-2)  # noqa: E731
+    tx = optax.adamw(schedule)
+    trainer = make_trainer(optimizer=tx, learning_rate=schedule, devices=jax.devices()[:count], num_epochs=1)
+    trainer.train()
+    assert trainer.metrics["train/has_nan"] == [0, 0, 0, 1, 1]  # the state stays, and its count with it
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host(trainer.train_state.params)))
+    assert trainer.train_state.step == 3
+
+
+def test_a_gradient_that_is_none_is_dropped():
+    data = make_data(16)
+    data[3][1] = np.full(3, np.inf, np.float32)
+    trainer = make_trainer(optimizer=KNOWN["adamw"], train_dataset=data, num_epochs=1)
+    trainer.train()
+    assert trainer.metrics["train/has_nan"] == [1, 0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host(trainer.train_state)))
