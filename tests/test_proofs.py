@@ -21,6 +21,7 @@ KNOWN = {
 }
 UNKNOWN = {
     "no eps": optax.adam(1e-2, eps=0.0),
+    "a decay that is 1 in float32": optax.adam(1e-2, b2=0.999999999),
     "halves": optax.adam(1e-2, mu_dtype=jnp.bfloat16),
     "momentum that grows": optax.sgd(1e-2, momentum=1.0),
     "a rate that is none": optax.sgd(float("nan")),
@@ -54,6 +55,13 @@ def test_of_another_one_nothing_is_known(name):
     assert conditions_of(tx, tx.init(PARAMS)) is None
 
 
+def make_trained(tx):
+    """The same with a part that nothing is known of: its updates are looked at."""
+    trainer = make_trainer(optimizer=optax.chain(tx, optax.stateless(lambda updates, params: updates)))
+    trainer.train()
+    return trainer
+
+
 def square_roots(trainer):
     (program,) = [program for program in trainer.engine.programs.values() if program.kind == "train"]
     return program.compiled.as_text().count(" sqrt(")
@@ -63,8 +71,7 @@ def test_a_known_optimizers_update_is_made_once():
     known, other = (make_trainer(optimizer=KNOWN["adam"], max_grad=clip, compile=True) for clip in (1.0, 1e30))
     assert square_roots(known) < square_roots(other)
     known.train()
-    other.train()
-    assert_trees_close(host(known.train_state.params)["Dense_1"], host(known.train_state.params)["Dense_1"])
+    assert_trees_close(known.train_state.params, make_trained(KNOWN["adam"]).train_state.params)
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -59,8 +59,11 @@ class Model(abc.ABC):
             The model with what was found out kept; the random streams that it draws from in evaluation, by name; its
             output's shapes in training.
         """
-        apply = functools.partial(self.apply, training=True)
-        return self, (), jax.eval_shape(apply, params, model_state, jax.random.key(0), *arguments)[0]
+        outputs = []
+        for training in (False, True):
+            apply = functools.partial(self.apply, training=training)
+            outputs.append(jax.eval_shape(apply, params, model_state, jax.random.key(0), *arguments)[0])
+        return self, (), outputs[-1]
 
     def sync(self, params: PyTree, model_state: PyTree) -> None:
         """Puts trained values into the user's object, where that holds values."""

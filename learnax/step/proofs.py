@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Conditions = list[jax.Array]
 """What has to hold when the update is made, beside finite gradients."""
@@ -70,7 +71,8 @@ def _rms(held: dict[str, Any]) -> bool:
 
 
 def _share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < 1
+    # In float32, as optax computes: 1 - 0.999999999 is 0 there, and a bias correction divides by it.
+    return isinstance(value, (int, float)) and value >= 0 and np.float32(value) < 1
 
 
 def _positive(value: Any) -> bool:
