@@ -72,7 +72,7 @@ def _rms(held: dict[str, Any]) -> bool:
 
 def _share(value: Any) -> bool:
     # In float32, as optax computes: 1 - 0.999999999 is 0 there, and a bias correction divides by it.
-    return isinstance(value, (int, float)) and value >= 0 and np.float32(value) < 1
+    return isinstance(value, (int, float)) and value >= 0 and float(np.float32(value)) < 1
 
 
 def _positive(value: Any) -> bool:
