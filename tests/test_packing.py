@@ -8,6 +8,7 @@ import pytest
 
 from learnax.step.optimizers import adam
 from learnax.step.packing import ROW, SMALL, Packing
+from tests.helpers import assert_trees_equal
 
 SHAPES = {
     "small": {"bias": (10,), "kernel": (7, 13), "scalar": (), "whole rows": (2, ROW), "empty": (0, 3)},
@@ -89,3 +90,16 @@ def test_no_leaves_and_no_small_ones():
     packing = Packing(large)
     assert packing.squares(packing.pack(large)).tolist() == [SMALL + 1]
     assert_same(packing.unpack(packing.pack(large)), large)
+
+
+def test_leaves_that_stay_apart_have_the_same_norms():
+    rng = np.random.default_rng()
+    shapes = {"a": (3,), "b": (7, 5), "large": (300, 300), "half": (4, 4)}
+    tree = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    tree["half"] = jnp.asarray(tree["half"], jnp.bfloat16)
+    together, apart = Packing(tree), Packing(tree, apart=True)
+    assert len(together.pack(tree)) == 3
+    packed = apart.pack(tree)
+    assert [leaf.shape for leaf in packed] == [(0,), *(tree[name].shape for name in sorted(shapes))]
+    np.testing.assert_array_equal(apart.squares(packed), together.squares(together.pack(tree)))
+    assert_trees_equal(apart.unpack(packed), tree)

@@ -195,7 +195,9 @@ def train_many(
     """
     # Moments can be packed where the optimiser treats each element alone, as the default one does; another one may
     # not. For a single step, packing costs more than it saves.
-    packing = Packing(split(recipe.optimizer, state.params)[0], moments=recipe.trusted and room > 1)
+    apart = room == 1 and recipe.shards == 1 and not recipe.selects
+    trained, _ = split(recipe.optimizer, state.params)
+    packing = Packing(trained, moments=recipe.trusted and room > 1, apart=apart)
     # A jitted function is traced once, for both uses below: its shapes, and the loop.
     step = jax.jit(functools.partial(train, recipe, packing, with_outputs), inline=True)
     seq, keys = next_keys(seq, count * recipe.accumulate, room * recipe.accumulate)
