@@ -26,8 +26,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.thorough), 4])
+@pytest.fixture(params=[4, *(pytest.param(count, marks=pytest.mark.thorough) for count in (1, 2))])
 def devices(request):
+    """One device is what most other tests have."""
     return jax.devices()[: request.param]
 
 

@@ -89,6 +89,7 @@ def test_a_dropped_update_leaves_the_average():
     assert not np.allclose(trainer.train_state.params["Dense_0"]["bias"], params["Dense_0"]["bias"])
 
 
+@pytest.mark.thorough
 def test_an_average_goes_through_a_checkpoint_and_may_be_begun_from(registry_path):
     kept = {"registry": "averages", "run": MemoryRun(), "save_every": 3}
     straight = make()
@@ -126,6 +127,7 @@ def test_an_average_of_half_precision_parameters_is_kept_in_float32():
     assert_trees_equal(jax.tree.map(np.float32, host(seen.params)), jax.tree.map(np.float32, host(expected)))
 
 
+@pytest.mark.thorough
 def test_a_divided_state_has_a_divided_average():
     whole, divided = make(), make(devices=jax.devices()[:4], shard_state=True)
     whole.train()

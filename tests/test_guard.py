@@ -44,7 +44,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name != "adam")) for name in OPTIONS]
+)
 def test_both_guards_train_alike_and_drop_the_same_updates(name, monkeypatch):
     ends = []
     for selected in (False, True):

@@ -113,6 +113,7 @@ def test_a_nan_at_the_smallest_scale_is_a_nan(caplog):
     assert any("would put NaN into the parameters" in line for line in caplog.messages)
 
 
+@pytest.mark.thorough
 def test_the_scale_grows_again_and_goes_through_a_checkpoint(registry_path, monkeypatch):
     monkeypatch.setattr("learnax.step.scaling.PATIENCE", 4)
     options = {"losses": overflowing(64.0), "optimizer": optax.sgd(1e-4), "num_epochs": 3}
@@ -152,6 +153,7 @@ def counted(jaxpr, name):
     return own + sum(counted(inner, name) for inner in jax.extend.core.subjaxprs(jaxpr))
 
 
+@pytest.mark.thorough
 def test_what_a_policy_does_not_keep_is_computed_again():
     losses = lambda output, batch: (output, jnp.mean((output - batch[1]) ** 2, axis=-1), {})  # noqa: E731
     batch = [np.stack(part) for part in zip(*make_data(8), strict=True)]

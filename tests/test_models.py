@@ -151,6 +151,7 @@ def test_every_kind_is_its_plain_loop_and_validates_in_its_other_mode(kind):
     np.testing.assert_allclose(trainer.metrics["val/loss"][-1], np.mean((output - y) ** 2), rtol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_the_same_however_it_is_cut_stopped_and_resumed(kind, registry_path):
     """With dropout, fused or not, on one device and on four."""
@@ -194,6 +195,7 @@ def test_dropout_is_on_in_training_and_off_in_validation(caplog):
 # ---- batch normalisation on devices, in groups, under the guard
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batched", [True, False])
 def test_statistics_over_all_devices_are_those_of_one(batched):
     axes = "devices" if batched else ("batch", "devices")
@@ -215,6 +217,7 @@ def test_statistics_of_shares_are_their_means_over_the_devices():
     assert_trees_close(trainer.train_state.model_state, jax.tree.map(lambda a, b: (a + b) / 2, *after))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_batches_take_what_is_carried_in_turn(kind):
     """One update from two batches: the mean of their gradients, the statistics of one after the other."""
@@ -248,6 +251,7 @@ def test_a_dropped_update_drops_its_statistics():
     assert_trees_equal(trainer.train_state, before)
 
 
+@pytest.mark.thorough
 def test_a_divided_state_has_the_statistics_of_the_whole_batch():
     whole_state = make(linen())
     whole_state.train()
@@ -273,6 +277,7 @@ def test_a_loss_of_a_whole_share_validates_each_datum_once_tail_and_all(count):
     assert sorted(program.kind for program in one.engine.programs.values()) == ["evaluate", "train"]
 
 
+@pytest.mark.thorough
 def test_plots_samples_and_updates_by_hand_see_single_data():
     plots, samples = [], []
     trainer = make(

@@ -38,11 +38,10 @@ ASKING = {
         optax.sgd(0.05), optax.chain(optax.contrib.normalize(), optax.sgd(0.05)), opaque_mode=True
     ),
 }
+_NAMES = [pytest.param(name, marks=[pytest.mark.thorough] * (name != "polyak")) for name in ASKING]
 
 
-@pytest.mark.parametrize(
-    "name", [*list(ASKING)[:3], *(pytest.param(n, marks=pytest.mark.thorough) for n in list(ASKING)[3:])]
-)
+@pytest.mark.parametrize("name", _NAMES)
 def test_an_optimizer_that_asks_for_more_is_its_plain_loop_on_any_split(name):
     expected = by_hand(ASKING[name])
     for count, accumulate in ((1, 1), (2, 2)):
@@ -52,6 +51,7 @@ def test_an_optimizer_that_asks_for_more_is_its_plain_loop_on_any_split(name):
         assert_trees_close(trainer.train_state.params, expected, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_an_optimizer_that_asks_for_the_curvature_trains_alike_on_any_split():
     """Its random directions are of its own state, so that it is compared with itself."""
     ends = []
@@ -84,6 +84,7 @@ def test_what_is_frozen_has_no_gradient_no_moments_and_no_part_in_the_clip():
     assert_trees_equal(after.params["Dense_0"], before["Dense_0"])
 
 
+@pytest.mark.thorough
 def test_each_pattern_has_its_optimizer_on_any_number_of_devices(registry_path):
     patterns = {"Dense_0/.*": optax.sgd(0.05), r"Dense_1/(bias|kernel)": optax.adam(1e-2)}
     tx = optax.multi_transform({"a": optax.sgd(0.05), "b": optax.adam(1e-2)}, {"Dense_0": "a", "Dense_1": "b"})

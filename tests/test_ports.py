@@ -17,6 +17,8 @@ from learnax.step import key_pair
 from tests import plain
 from tests.helpers import ROOT, assert_trees_close, host, make_trainer
 
+pytestmark = pytest.mark.thorough
+
 SIZE, STEPS = 8, 30
 MODES = {"train": {"train": True}, "eval": {"train": False}}
 

@@ -76,7 +76,9 @@ def trained(form, count=1, accumulate=1, **overrides):
     return trainer
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.thorough] * (form != "a batch")) for form in FORMS]
+)
 def test_any_split_over_batches_and_devices_is_the_whole_batch(form):
     expected = trained(form)
     for count, accumulate in ((4, 1), (1, 4), (2, 2)):
@@ -113,12 +115,14 @@ def test_a_weighted_run_is_its_plain_loop_and_validates_over_all_data(form):
     np.testing.assert_allclose(found["plain"], (error**2).mean(), rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_divided_state_trains_alike():
     expected = trained("several terms")
     divided = trained("several terms", 4, shard_state=True)
     assert_trees_close(divided.train_state.params, expected.train_state.params)
 
 
+@pytest.mark.thorough
 def test_a_weight_of_the_models_own_is_no_way_for_gradients():
     def losses(output, datum):
         weight = jnp.exp(output[0])
