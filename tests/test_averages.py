@@ -47,7 +47,7 @@ def averaged(params, decay, epochs=2):
 
 
 @pytest.mark.parametrize("decay", [0.8, lambda step: jnp.minimum(0.9, (1.0 + step) / (10.0 + step))])
-@pytest.mark.parametrize(("count", "room"), [(1, 5), (4, 1)])
+@pytest.mark.parametrize(("count", "room"), [(1, 5), pytest.param(4, 1, marks=pytest.mark.thorough)])
 def test_an_average_is_that_of_the_plain_loop_and_is_what_validation_sees(decay, count, room):
     trainer = make(ema=decay, devices=jax.devices()[:count], steps_per_execution=room)
     params, average = averaged(host(trainer.train_state.params), decay)
@@ -61,6 +61,7 @@ def test_an_average_is_that_of_the_plain_loop_and_is_what_validation_sees(decay,
     np.testing.assert_allclose(beside.metrics["val/loss"][-1], loss_of(params), rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_samples_see_the_average_and_save_model_the_parameters():
     drawn, saved = [], []
     trainer = make(

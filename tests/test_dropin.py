@@ -135,6 +135,7 @@ def expected(request, seed):
     return model, data, held_out, schedule, history, params
 
 
+@pytest.mark.thorough
 def test_an_old_script_computes_what_it_did(expected, devices, seed):
     model, data, held_out, schedule, history, params = expected
     run = MemoryRun()

@@ -317,6 +317,7 @@ def test_owned_copies_share_no_memory_with_what_they_were_made_of(devices):
     assert array.ctypes.data not in pointers(owned)
 
 
+@pytest.mark.thorough
 def test_every_number_of_devices_trains_alike():
     """Fresh random data each time; only the order of sums differs between them."""
     seed = int(np.random.default_rng().integers(1 << 30))

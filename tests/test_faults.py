@@ -138,6 +138,7 @@ def test_a_folder_that_became_something_else_is_told_of_and_raised_at_the_end(re
     assert sum("could not be saved" in message for message in caplog.messages) == 1
 
 
+@pytest.mark.thorough
 def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(tmp_path):
     (tmp_path / "file").touch()
     trainer = make(registry=Registry("tests", tmp_path / "file"))
@@ -192,6 +193,7 @@ def test_large_states_wait_one_at_a_time(tmp_path, monkeypatch):
 # ---- snapshots
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_save_leaves_the_state_to_be_updated_in_place(count):
     trainer = make(devices=jax.devices()[:count], save_every=1, steps_per_execution=1)

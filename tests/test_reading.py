@@ -269,6 +269,7 @@ class Signalling(list):
         return super().__getitem__(index)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_signal_while_data_are_read_stops_a_fused_run_which_goes_on_bit_for_bit(split):
     options = {"num_epochs": 2, "steps_per_execution": 16}
