@@ -141,6 +141,20 @@ def test_a_weight_of_the_models_own_is_no_way_for_gradients():
         assert_trees_close(trained("a datum", 1, accumulate, losses=losses).train_state.params, params)
 
 
+def test_the_largest_and_smallest_of_whole_numbers():
+    def losses(output, datum):
+        number = jnp.round(datum[1].sum() * 1e5).astype(jnp.int32)
+        return output, ((output - datum[1]) ** 2).mean(), {"largest": Max(number), "smallest": Min(number)}
+
+    trainer = trained("a datum", accumulate=2, losses=losses, num_epochs=1)
+    for split, data in (("train", make_data(SIZE)), ("val", make_data(HELD_OUT, 1))):
+        numbers = np.round(np.array([y.sum() for _, y in data]) * 1e5)
+        # An epoch's data are in its steps in some order.
+        found = max(trainer.metrics[f"{split}/largest"]), min(trainer.metrics[f"{split}/smallest"])
+        np.testing.assert_allclose(found, (numbers.max(), numbers.min()), atol=1, err_msg=split)
+        assert min(trainer.metrics[f"{split}/largest"]) >= max(trainer.metrics[f"{split}/smallest"])
+
+
 def test_nothing_that_counts_is_0_and_told_once(caplog):
     def losses(output, datum):
         return output, Mean(((output - datum[1]) ** 2).sum() * 0, jnp.float32(0)), {}

@@ -112,7 +112,7 @@ class _Trace:
         traced()
         return found[-1]
 
-    def fresh(self) -> tuple[PyTree, PyTree]:
+    def _fresh(self) -> tuple[PyTree, PyTree]:
         """The shapes of parameters and of what the model carries on."""
         model, key = self._settings.adapter, jax.random.key(self._settings.seed)
         first = self._data["train"].arguments
@@ -122,7 +122,7 @@ class _Trace:
 
     def _look(self) -> Traced:
         settings = self._settings
-        params, model_state = self.fresh()
+        params, model_state = self._fresh()
         _check_params(params)
         optimizer = settings.optimizer
         if not settings.own_optimizer:
@@ -143,8 +143,7 @@ class _Trace:
                 model, asked = ready, drawn
             watching = watched(settings.losses, Seen(split, arguments, output, model.batched, self._rows))
             loss_of = functools.partial(share_loss if model.batched else datum_loss, model, watching)
-            training = functools.partial(loss_of, training=True)
-            jaxpr, shapes = jax.make_jaxpr(training, return_shape=True)(params, model_state, key, arguments, step)
+            jaxpr, shapes = jax.make_jaxpr(loss_of, return_shape=True)(params, model_state, key, arguments, step)
             names |= dict.fromkeys(shapes[2])
             weighted |= is_weighted(shapes[1])
             by_datum &= not model.batched or all(map(self._is_by_datum, (shapes[1], *shapes[2].values())))

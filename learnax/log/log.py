@@ -319,7 +319,7 @@ class Log:
                 continue
             column, (_, metric) = values[:, place], name
             if np.isnan(column).any():
-                self._wrong = weight_text(f"step {steps[int(np.isnan(column).argmax())] + 1}", metric)
+                self._wrong = _weight_text(f"step {steps[int(np.isnan(column).argmax())] + 1}", metric)
             elif (column == 0).any() and metric not in self._weightless:
                 self._weightless.add(metric)
                 step = steps[int((column == 0).argmax())]
@@ -415,7 +415,7 @@ def _why_dropped(values: Mapping[str, float]) -> str:
     return "the optimizer's update is not finite, though the gradient is"
 
 
-def weight_text(where: str, metric: str) -> str:
+def _weight_text(where: str, metric: str) -> str:
     """What is wrong with weights that make no mean."""
     return (
         f"{where}: {metric} has a weight that is negative or NaN; learnax.metrics.Mean(total, weight) takes the sum of "
@@ -471,7 +471,7 @@ class Means:
             if part.how == "total":
                 weight = self._parts[part._replace(how="weight")]
                 if weight != weight:
-                    raise ValueError(weight_text(f"validation {self._name!r}", part.name))
+                    raise ValueError(_weight_text(f"validation {self._name!r}", part.name))
                 if weight == 0:
                     _logger.warning("validation %r: %s", self._name, _weightless(part.name))
                 number = number / weight if weight else 0.0

@@ -42,13 +42,23 @@ def share_parts(values: Mapping[str, Any]) -> Parts:
     parts: Parts = {}
     for name, value in values.items():
         for term, amount in enumerate(terms_of(value)):
-            parts |= {Part(name, how, term): number for how, number in _reduced(amount).items()}
+            parts |= {Part(name, how, term): number for how, number in reduced(amount).items()}
     return parts
 
 
-def _reduced(amount: Any) -> dict[str, jax.Array]:
+def as_arrays(value: Any) -> Any:
+    """A loss or metric as arrays. What a mean, a largest or a smallest value is made of is at least float32."""
+
+    def one(amount: Any) -> Any:
+        return jax.tree.map(_wide if isinstance(amount, (Mean, Max, Min)) else jnp.asarray, amount)
+
+    return jax.tree.map(one, value, is_leaf=lambda part: isinstance(part, (Mean, Max, Min)))
+
+
+def reduced(amount: Any) -> dict[str, jax.Array]:
+    """What an amount of a share, as `as_arrays` gives it, comes to: numbers by how they are put together."""
     if isinstance(amount, Mean):
-        return {"total": _wide(amount.total).sum(), "weight": weight_of(amount)}
+        return {"total": amount.total.sum(), "weight": weight_of(amount)}
     if isinstance(amount, Sum):
         return {"sum": _wide(amount.total).sum()}
     if isinstance(amount, Max):
@@ -60,7 +70,7 @@ def _reduced(amount: Any) -> dict[str, jax.Array]:
 
 def weight_of(amount: Mean) -> jax.Array:
     """The sum of a share's weights; NaN where one is negative or NaN, which is told of on the host."""
-    weight = jax.lax.stop_gradient(_wide(amount.weight))
+    weight = jax.lax.stop_gradient(amount.weight)
     # A weight that is the same for each of the data comes as one number.
     spread = jnp.broadcast_to(weight, jnp.broadcast_shapes(jnp.shape(weight), jnp.shape(amount.total)))
     return jnp.where((spread >= 0).all(), spread.sum(), jnp.nan)

@@ -11,20 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from learnax.metrics import Amount, Max, Mean, Min, Sum, terms_of
-from learnax.step.amounts import Part, Parts, over_devices, weight_of
+from learnax.step.amounts import Part, Parts, over_devices, reduced
 from learnax.step.gradients import batch_losses
 from learnax.step.many import many
 from learnax.step.recipe import Recipe, batch_of, keys_of, shard_index, wide, with_axis
 from learnax.step.scalars import Scalars
-from learnax.step.scaling import Scaled
+from learnax.step.scaling import inner
 from learnax.step.state import TrainState
 from learnax.utils import PyTree
 
 
 def evaluated(params: PyTree, state: TrainState) -> TrainState:
     """A state as evaluation sees it: some parameters, what the model carries on, and nothing of the optimiser."""
-    carried = state.model_state.model if isinstance(state.model_state, Scaled) else state.model_state
-    return TrainState(params, (), state.step, carried)
+    return TrainState(params, (), state.step, inner(state.model_state))
 
 
 def evaluate(
@@ -121,15 +120,8 @@ def _real(amount: Any, real: jax.Array | None) -> Any:
 
 
 def _sums(name: str, term: int, amount: Any, share: int) -> Parts:
-    if isinstance(amount, Mean):
-        total = jnp.asarray(amount.total)
-        total = total.astype(wide(total.dtype) if jnp.issubdtype(total.dtype, jnp.inexact) else jnp.float32)
-        return {Part(name, "total", term): total.sum(), Part(name, "weight", term): weight_of(amount)}
-    if isinstance(amount, (Max, Min)):
-        how = "max" if isinstance(amount, Max) else "min"
-        value = jnp.asarray(amount.value)
-        value = value if jnp.issubdtype(value.dtype, jnp.inexact) else value.astype(jnp.float32)
-        return {Part(name, how, term): value.max() if how == "max" else value.min()}
+    if isinstance(amount, (Mean, Max, Min)):
+        return {Part(name, how, term): number for how, number in reduced(amount).items()}
     how = "sum" if isinstance(amount, Sum) else "data"
     values = amount.total if isinstance(amount, Sum) else amount
     assert not isinstance(values, Amount)

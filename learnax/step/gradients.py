@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,13 +14,24 @@ import jax.numpy as jnp
 from learnax.loss import Losses, call_loss, loss_key
 from learnax.metrics import Amount, Mean, Sum, terms_of
 from learnax.models import BATCH_AXIS, Model
-from learnax.step.amounts import Part, Parts, finished, over_devices, quotient, share_parts, weight_of
+from learnax.step.amounts import (
+    Part,
+    Parts,
+    as_arrays,
+    finished,
+    over_devices,
+    quotient,
+    reduced,
+    share_parts,
+    weight_of,
+)
 from learnax.step.patterns import split
 from learnax.step.recipe import (
     Recipe,
     alike_over_devices,
     mean_over_devices,
     sum_over_devices,
+    wide,
 )
 from learnax.step.scaling import inner
 from learnax.utils import PyTree
@@ -65,7 +77,7 @@ def datum_loss(
     _check_scalar("the loss", loss)
     for name, value in metrics.items():
         _check_scalar(f"metric {name!r}", value)
-    return output, _arrays(loss), {name: _arrays(value) for name, value in metrics.items()}, after
+    return output, as_arrays(loss), {name: as_arrays(value) for name, value in metrics.items()}, after
 
 
 def share_loss(
@@ -90,7 +102,7 @@ def share_loss(
 
     # What is of the whole share is given to each of its data.
     output = jax.tree.map(by_datum, output)
-    return output, _arrays(loss), {name: _arrays(value) for name, value in metrics.items()}, after
+    return output, as_arrays(loss), {name: as_arrays(value) for name, value in metrics.items()}, after
 
 
 def batch_losses(
@@ -193,7 +205,7 @@ def loss_weights(
 
     Where weights are of the data alone, the compiler leaves out all that they do not need, the model above all.
     """
-    carried = inner(recipe, model_state)
+    carried = inner(model_state)
     _, losses, _, _ = batch_losses(recipe, params, carried, keys, batch, step, training=True)
     return {term: weight_of(amount) for term, amount in enumerate(terms_of(losses)) if isinstance(amount, Mean)}
 
@@ -218,14 +230,15 @@ def _objective(
 
     It is the mean over this share; of a loss with weights, this share's part of the whole loss.
     """
-    carried = inner(recipe, model_state)
+    carried = inner(model_state)
     outputs, losses, metrics, after = batch_losses(recipe, whole(trained), carried, keys, batch, step, training=True)
     terms = [_without_nan(term) for term in terms_of(losses)]
     nan = functools.reduce(jnp.logical_or, (lost for _, lost in terms))
     amounts = [amount for amount, _ in terms]
     parts = share_parts({**metrics, "loss": _as_loss(losses, amounts)})
     if recipe.weighted:
-        loss = sum((_share_of(recipe, weights, term, amount) for term, amount in enumerate(amounts)), jnp.float32(0))
+        shares = (_share_of(recipe, weights, term, amount) for term, amount in enumerate(amounts))
+        loss = functools.reduce(operator.add, shares)
     else:
         loss = parts[Part("loss", "mean")]
     if recipe.model.scaled:
@@ -237,10 +250,11 @@ def _share_of(recipe: Recipe, weights: Mapping[int, jax.Array] | None, term: int
     """This share's part of one term of a loss with weights: the parts of all shares add up to the term."""
     if isinstance(amount, Mean):
         own = sum_over_devices(recipe, weight_of(amount)) if weights is None else weights[term]
-        return quotient(jnp.asarray(amount.total).astype(jnp.float32).sum(), own)
+        return quotient(amount.total.sum(), own)
     if isinstance(amount, Sum):
-        return amount.total.astype(jnp.float32).sum()
-    return jnp.mean(amount).astype(jnp.float32) / (recipe.shards * recipe.accumulate)
+        return reduced(amount)["sum"]
+    mean = jnp.mean(amount)
+    return mean.astype(wide(mean.dtype)) / (recipe.shards * recipe.accumulate)
 
 
 def _without_nan(term: Any) -> tuple[Any, jax.Array]:
@@ -255,11 +269,6 @@ def _without_nan(term: Any) -> tuple[Any, jax.Array]:
 
 def _as_loss(losses: Any, amounts: list[Any]) -> Any:
     return type(losses)(tuple(amounts)) if len(amounts) > 1 else amounts[0]
-
-
-def _arrays(value: Any) -> Any:
-    """Numbers as arrays; amounts of them as they are."""
-    return jax.tree.map(jnp.asarray, value)
 
 
 def _check_scalar(name: str, value: Any) -> None:

@@ -42,7 +42,7 @@ class Packing:
         self.paths = list(leaves)
         self._structure = jax.tree.structure(like)
         self._shapes = [leaf.shape for leaf in leaves.values()]
-        # The part of the vector that each leaf takes; None for a leaf that is not packed.
+        # The rows of the vector that each leaf takes; 0 for a leaf that is not packed.
         self._rows = [
             -(-leaf.size // ROW) if leaf.dtype == jnp.float32 and leaf.size <= SMALL and not apart else 0
             for leaf in leaves.values()

@@ -38,9 +38,9 @@ def start(scaled: bool, model_state: PyTree) -> PyTree:
     return Scaled(model_state, jnp.float32(START), jnp.int32(0)) if scaled else model_state
 
 
-def inner(recipe: Recipe, model_state: PyTree) -> PyTree:
+def inner(model_state: PyTree) -> PyTree:
     """What the model itself carries on."""
-    return model_state.model if recipe.model.scaled and isinstance(model_state, Scaled) else model_state
+    return model_state.model if isinstance(model_state, Scaled) else model_state
 
 
 def followed(recipe: Recipe, before: PyTree, after: PyTree) -> PyTree:

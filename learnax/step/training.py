@@ -17,7 +17,7 @@ from learnax.step.packing import Packing
 from learnax.step.patterns import split
 from learnax.step.recipe import Recipe, batch_of, keys_of, next_keys, sum_over_devices, wide
 from learnax.step.scalars import Scalars
-from learnax.step.scaling import followed
+from learnax.step.scaling import followed, inner
 from learnax.step.state import TrainState
 from learnax.utils import PyTree
 
@@ -121,7 +121,7 @@ def _of_all(
         jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like.grads),
         {part: nothing(part, number) for part, number in like.parts.items()},
         jnp.zeros(like.nan.shape, like.nan.dtype),
-        state.model_state.model if recipe.model.scaled else state.model_state,
+        inner(state.model_state),
     )
     sums, outputs = jax.lax.fori_loop(0, recipe.accumulate, add, (sums, outputs), unroll=not recipe.looped)
     grads, parts, nan = jax.tree.map(lambda x, like: x.astype(like.dtype), sums[:-1], like[:-1])
