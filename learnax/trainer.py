@@ -6,7 +6,7 @@ import functools
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import optax
@@ -16,7 +16,7 @@ from learnax.log import NoProgressError as NoProgressError
 from learnax.log import in_notebook as in_notebook
 from learnax.loop import Loop
 from learnax.loss import LossPipe
-from learnax.parts import NAME, Parts, Preflight
+from learnax.parts import NAME, Fit, Parts, Preflight
 from learnax.profiling.cudart import libcudart as libcudart
 from learnax.profiling.ledger import START, Ledger
 from learnax.registry import Registry
@@ -222,18 +222,29 @@ class Trainer:
         """Puts the trained parameters, and what the model carries on, into the user's own module, if that is NNX."""
         self.parts.sync()
 
-    def preflight(self) -> Preflight:
-        """Finds out what the run will take, by a few steps, a batch of each validation, and a save that is read again.
+    @overload
+    def preflight(self) -> Preflight: ...
+    @overload
+    def preflight(self, target: str) -> Fit: ...
+    def preflight(self, target: str | None = None) -> Preflight | Fit:
+        """Finds out what the run will take, before it is made. The trainer stays as it was.
 
-        It compiles what the run needs. The trainer stays as it was, state, position and metrics.
+        Args:
+            target: GPUs that are not here, "a100", "h100", "h200" or "b200", or several, "h100:8". The run's programs
+                are compiled for them, and nothing is run. Without, a few steps, a batch of each validation, and a save
+                that is read again are tried on the devices there are.
 
         Returns:
-            Memory, FLOPs, times, where data are read, what donation achieves; printed, a table.
+            Memory, FLOPs, times, what donation achieves; of a target, whether it fits and what would run there: see
+            `learnax.engine.preflight.Preflight` and `learnax.engine.fit.Fit`. Printed, a table.
 
         Raises:
             MemoryError: the devices cannot hold the run.
-            RuntimeError: the run is under way.
+            RuntimeError: the run is under way; or what compiles for a target is not installed.
+            ValueError: a target that is not known, or whose GPUs do not divide the batch.
         """
+        if target is not None:
+            return self.parts.fit(target)
         if self.loop.session.running:
             raise RuntimeError("preflight() is for before train(): the run is under way")
         return self.parts.preflight()

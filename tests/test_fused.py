@@ -152,7 +152,7 @@ def test_epochs_of_another_length_change_no_bit(uncut):
 @pytest.mark.thorough
 def test_an_interrupt_on_a_list_over_its_budget_changes_no_bit(uncut, monkeypatch):
     options, expected = uncut
-    monkeypatch.setattr("learnax.parts.RESIDENT_BYTES", 1000)
+    monkeypatch.setattr("learnax.parts.parts.RESIDENT_BYTES", 1000)
     trainer = stopped(22, **options)
     assert (trainer.position.epoch, trainer.position.batch) == (1, 3)
     trainer.train()
@@ -182,7 +182,7 @@ def test_a_run_with_validation_has_the_same_bits_by_every_way_of_its_data(monkey
     resumed = trained(**options, **streamed, registry="ways", save_every=1000, load_checkpoint=True)
     assert_same_run(resumed, expected)
     padded = sum(leaf.nbytes for block in expected.loaders["val"].blocks() for leaf in jax.tree.leaves(block.device))
-    monkeypatch.setattr("learnax.parts.RESIDENT_BYTES", padded)  # the validation data fit
+    monkeypatch.setattr("learnax.parts.parts.RESIDENT_BYTES", padded)  # the validation data fit
     over = trained(**options, **lists)
     assert [bool(loader._resident) for loader in over.loaders.values()] == [False, True]
     assert_same_run(over, expected)

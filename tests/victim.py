@@ -66,7 +66,7 @@ def main(folder, options):
     from learnax.loss import LossPipe
     from learnax.metrics import Max, Mean
     from learnax.models import NNX
-    from learnax.progress import Progress
+    from learnax.parts.progress import Progress
     from learnax.trainer import Trainer
     from tests.helpers import Squared, make_data
 

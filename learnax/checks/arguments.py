@@ -198,12 +198,12 @@ def check_sharded(mapped: bool) -> None:
         )
 
 
-def check_split(batch_size: int, devices: int) -> None:
-    """Raises ValueError for a batch that does not divide over the devices."""
+def check_split(batch_size: int, devices: int, fewer: str = "or fewer devices (devices=)") -> None:
+    """Raises ValueError for a batch that does not divide over the devices; `fewer` says how to take fewer of them."""
     if batch_size % devices:
         near = f"{batch_size - batch_size % devices} or {batch_size + devices - batch_size % devices}"
         near = near.removeprefix("0 or ")
         raise ValueError(
             f"batch_size {batch_size} does not divide over {devices} devices; use a multiple of {devices} ({near}), "
-            "or fewer devices (devices=)"
+            f"{fewer}"
         )

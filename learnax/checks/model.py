@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -30,7 +31,8 @@ T = TypeVar("T")
 _logger = logging.getLogger("learnax")
 
 
-class Traced(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Traced:
     """What tracing a model and its losses tells.
 
     Attributes:

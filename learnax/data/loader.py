@@ -106,6 +106,11 @@ class Loader:
         if left >= 0:
             self._resident = kept
 
+    @property
+    def keeps(self) -> bool:
+        """Whether its data stay on the devices where they fit the budget."""
+        return self._budget > 0
+
     def kept(self, block: Block) -> int:
         """Bytes of a whole pass of blocks like this one, if it stays on the devices; 0 if it does not."""
         size = tree_bytes(block.device) * -(-len(self) // self.room)
@@ -204,6 +209,11 @@ class Repeated:
             self._block = _stacked([batch], 1, self._length * size, size, self._put)
         if start < self._length:
             yield dataclasses.replace(self._block, first=start)
+
+    @property
+    def keeps(self) -> bool:
+        """Its batch stays on the devices."""
+        return True
 
     def kept(self, block: Block) -> int:
         """Bytes of the batch, which stays on the devices."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -111,24 +111,18 @@ class Programs:
             sums.append((*program(*args), 1, tail))
         return seq, sums
 
-    def prepare(
-        self,
-        state: TrainState,
-        seq: jax.Array,
-        blocks: Mapping[str, PyTree],
-        tails: Mapping[str, int],
-        more: Iterable[Wanted] = (),
-    ) -> None:
-        """Compiles what a run will need, side by side.
+    def wanted(
+        self, state: TrainState, seq: jax.Array, blocks: Mapping[str, PyTree], tails: Mapping[str, int]
+    ) -> list[Wanted]:
+        """What a run will ask the engine for.
 
         Args:
-            state: the training state.
-            seq: the random sequence.
+            state: the training state, or its shapes.
+            seq: the random sequence, or its shape.
             blocks: split -> the shapes of its blocks; all but `train` are evaluated.
             tails: split -> data of its last batch, where that is not full.
-            more: other programs.
         """
-        wanted = list(more)
+        wanted: list[Wanted] = []
         seen = evaluated(state.params, state)
         for name, block in blocks.items():
             signature = signature_of(block)
@@ -139,7 +133,7 @@ class Programs:
             if tails[name] and not self._recipe.by_datum:
                 args = (seen, seq, block, self._engine.scalar(0))
                 wanted.append((self._tail(tails[name]), signature, args))
-        self._engine.prepare(wanted)
+        return wanted
 
     def loss(self, state: TrainState, params: PyTree, keys: jax.Array, batch: PyTree, step: Any) -> tuple[Any, Any]:
         """`learnax.step.mean_loss`, not compiled; of the state, what the model carries on is taken."""

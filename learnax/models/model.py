@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -146,6 +147,12 @@ class Adapter(Model):
         if training and model_state is not None:
             after = jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), after, model_state)
         return output, after
+
+    def with_remat(self, policy: str) -> Adapter:
+        """The same model with another rematerialisation."""
+        other = copy.copy(self)
+        other.remat, other._policy = policy, policy_of(type(self).__name__, policy)
+        return other
 
     def mode(self, training: bool) -> dict[str, Any]:
         """The keyword arguments of a call."""

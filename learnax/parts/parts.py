@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
 from learnax import checks
 from learnax.checkpoint import Checkpointer
@@ -18,23 +17,24 @@ from learnax.data import Loader, Repeated, tell_of_generators
 from learnax.engine import BATCHES, SAME, Engine
 from learnax.engine.accounts import ledger_of
 from learnax.engine.cache import use_cache
-from learnax.engine.plan import RESIDENT_BYTES, Plan, plan
+from learnax.engine.fit import Fit as Fit
+from learnax.engine.plan import RESIDENT_BYTES
 from learnax.engine.preflight import Flight
 from learnax.engine.preflight import Preflight as Preflight
-from learnax.engine.programs import Programs
-from learnax.engine.sharding import Gather, divided
+from learnax.engine.targets import target_of
 from learnax.hooks import BestSaver, Hooks, ModelSaver, Plotter, Sampler, StateSaver, Validation, sample_params
 from learnax.log import Log
+from learnax.parts.draft import Draft
+from learnax.parts.fitting import Fitting
+from learnax.parts.progress import Progress
 from learnax.profiling import clock
 from learnax.profiling.ledger import Ledger
 from learnax.profiling.marks import marks_for
 from learnax.profiling.phases import Phases
 from learnax.profiling.profiler import NoProfiler, Profiler, WindowProfiler
 from learnax.profiling.watchdog import Watchdog
-from learnax.progress import Origin, Progress
 from learnax.registry import Registry
-from learnax.step import AXIS, Recipe, evaluated
-from learnax.utils import PyTree, tree_bytes
+from learnax.step import evaluated
 
 NAME = "trainer"
 """The folder of a run without an id, in its registry."""
@@ -53,6 +53,7 @@ class Parts:
         first: each split's first datum.
         model: what is trained.
         engine: compiles, and lays data out on the devices.
+        draft: what the step is made of on these devices.
         origin: the state that a run begins with.
         plan: how many steps a dispatch makes.
         loaders: each split's batches, on the devices.
@@ -79,15 +80,14 @@ class Parts:
 
         # The data, and what the model makes of them.
         splits, self.first = checks.splits_of(settings)
-        traced = checks.check_model(settings, self.first, settings.batch_size // len(devices))
+        traced = self._traced = checks.check_model(settings, self.first, settings.batch_size // len(devices))
         checks.check_names(traced.metrics, list(splits))
         self.model = traced.model
 
-        # The devices, and how state and batches lie on them.
+        # The devices, how state and batches lie on them, and the step.
         self.engine = Engine(devices, self.phases)
-        self.engine.mapped = traced.mapped
-        self.origin = Origin(settings, traced.model, traced.optimizer, self.first["train"].arguments, self.engine)
-        gather = self._divide() if settings.shard_state else None
+        self.draft = Draft(settings, traced, self.first, self.engine)
+        self.origin, self.plan, self.programs = self.draft.origin, self.draft.plan, self.draft.programs
         self.processes.compare(
             "arguments", lambda: checks.comparable(settings, splits, self.first, self.origin.shapes())
         )
@@ -95,13 +95,9 @@ class Parts:
             checks.tell_random(traced.asked)
         if settings.keep_best_checkpoint:
             checks.check_best(settings.best_metric_name, traced.metrics, list(splits))
-        self.plan = self._plan(traced)
         self.loaders = {name: self._loader(name, dataset) for name, dataset in splits.items()}
 
-        # The step, and what comes of it.
-        recipe = self._recipe(traced, gather)
-        with_outputs, by_average = settings.plot_pipe is not None, settings.ema_eval
-        self.programs = Programs(self.engine, recipe, self.plan.room, with_outputs, self.first["train"], by_average)
+        # What comes of it.
         self.log = self._log()
         self.checkpointer = self._checkpointer()
         self.progress = Progress(settings, self.origin, self.engine, self.log, self.checkpointer)
@@ -114,18 +110,11 @@ class Parts:
 
     def compile(self) -> None:
         """Compiles the run's programs, on the shapes of each split's first datum."""
-
-        def shapes(lead: tuple[int, ...], arguments: list[Any]) -> PyTree:
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), arguments)
-
-        size, first = self.settings.batch_size, self.first
-        blocks = {name: shapes((self.loaders[name].room, size), first[name].arguments) for name in first}
-        samplers = [show for show in self.hooks.shows if isinstance(show, Sampler)]
-        batch = shapes((size,), first["train"].arguments)
-        seen = evaluated(self.progress.state.params, self.progress.state)
-        more = [sampler.wanted(seen, batch) for sampler in samplers]
-        tails = {name: self.loaders[name].size % size for name in first}
-        self.programs.prepare(self.progress.state, self.progress.seq, blocks, tails, more)
+        state, sizes = self.progress.state, {name: loader.size for name, loader in self.loaders.items()}
+        wanted = self.draft.wanted(state, self.progress.seq, sizes)
+        seen, batch = evaluated(state.params, state), self.draft.batches(self.settings.batch_size)
+        wanted += [show.wanted(seen, batch) for show in self.hooks.shows if isinstance(show, Sampler)]
+        self.engine.prepare(wanted)
 
     def sync(self) -> None:
         """Puts the trained values into the user's object, where that holds values."""
@@ -154,6 +143,12 @@ class Parts:
         finally:
             progress.state = kept
 
+    def fit(self, target: str) -> Fit:
+        """Compiles the run's programs for devices that are not here; all stays as it was."""
+        kept = frozenset(name for name, loader in self.loaders.items() if loader.keeps)
+        sizes = {name: loader.size for name, loader in self.loaders.items()}
+        return Fitting(self.settings, self._traced, self.first, sizes, kept).on(target_of(target))
+
     def ledger(self) -> Ledger:
         """Where the time went so far, and what the programs cost."""
         return ledger_of(
@@ -164,20 +159,6 @@ class Parts:
             self.settings.num_workers,
             self.settings.accumulate_steps,
         )
-
-    def _divide(self) -> Gather:
-        """Lays the state out in parts; returns what gathers the parameters again."""
-        engine = self.engine
-        checks.check_sharded(engine.mapped)
-        engine.layout = divided(self.origin.shapes(), len(engine.devices), AXIS)
-        specs = jax.tree.leaves(engine.params_layout, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
-        return Gather(engine.mesh, tuple(specs))
-
-    def _plan(self, traced: checks.Traced) -> Plan:
-        settings = self.settings
-        step_bytes = settings.accumulate_steps * settings.batch_size * tree_bytes(self.first["train"].arguments)
-        platform = self.engine.devices[0].platform
-        return plan(settings.steps_per_execution, platform, traced.primitives, step_bytes, settings.epoch_steps)
 
     def _loader(self, name: str, dataset: Any) -> Loader | Repeated:
         settings = self.settings
@@ -193,7 +174,7 @@ class Parts:
             num_workers=0 if settings.single else settings.num_workers,
             share=(first * rows, last * rows),
             group=group,
-            room=self.plan.room * group,
+            room=self.draft.room(name),
             budget=RESIDENT_BYTES,
             put=put,
             heed=self.stops.heed,
@@ -203,27 +184,6 @@ class Parts:
             return Repeated(loader, length, datum=settings.single_datum, put=put)
         tell_of_generators(name, dataset)
         return loader
-
-    def _recipe(self, traced: checks.Traced, gather: Gather | None) -> Recipe:
-        settings = self.settings
-        return Recipe(
-            traced.model,
-            settings.losses,
-            traced.optimizer,
-            settings.learning_rate,
-            settings.max_grad,
-            settings.batch_size,
-            1 if settings.shard_state else len(self.engine.devices),
-            settings.accumulate_steps,
-            safe=settings.safe,
-            trusted=settings.trusted,
-            looped=self.plan.looped,
-            selects=self.plan.selects,
-            weighted=traced.weighted,
-            by_datum=traced.by_datum,
-            ema=settings.ema,
-            gather=gather,
-        )
 
     def _log(self) -> Log:
         settings = self.settings

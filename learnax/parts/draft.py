@@ -1,0 +1,110 @@
+"""What a run's step is made of on some devices: how it is cut, how its state lies, and its programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from learnax import checks
+from learnax.checks import Settings
+from learnax.data import FirstDatum
+from learnax.engine import Engine, Wanted
+from learnax.engine.plan import Plan, plan
+from learnax.engine.programs import Programs
+from learnax.engine.sharding import Gather, divided
+from learnax.parts.progress import Origin
+from learnax.step import AXIS, Recipe
+from learnax.step.state import TrainState
+from learnax.utils import PyTree, tree_bytes
+
+
+class Draft:
+    """A run's step on some devices. They need not be here: nothing is computed.
+
+    Args:
+        settings: the trainer's arguments, checked.
+        traced: what was found out of model and losses.
+        first: each split's first datum.
+        engine: of the devices.
+
+    Attributes:
+        origin: the state that a run begins with.
+        plan: how many steps a dispatch makes.
+        recipe: what a step is made of.
+        programs: training, evaluation, an update by hand.
+    """
+
+    def __init__(self, settings: Settings, traced: checks.Traced, first: Mapping[str, FirstDatum], engine: Engine):
+        self._settings, self._engine, self._first = settings, engine, first
+        engine.mapped = traced.mapped
+        self.origin = Origin(settings, traced.model, traced.optimizer, first["train"].arguments, engine)
+        gather = self._divide() if settings.shard_state else None
+        self.plan = self._plan(traced)
+        self.recipe = self._recipe(traced, gather)
+        with_outputs, by_average = settings.plot_pipe is not None, settings.ema_eval
+        self.programs = Programs(engine, self.recipe, self.plan.room, with_outputs, first["train"], by_average)
+
+    def room(self, split: str) -> int:
+        """Batches in a block of a split."""
+        if self._settings.single:
+            return 1
+        return self.plan.room * (self._settings.accumulate_steps if split == "train" else 1)
+
+    def batches(self, *lead: int, split: str = "train") -> list[Any]:
+        """The shapes of a split's data, under some leading axes."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), self._first[split].arguments
+        )
+
+    def wanted(self, state: TrainState, seq: jax.Array, sizes: Mapping[str, int]) -> list[Wanted]:
+        """The programs of a run.
+
+        Args:
+            state: the training state, or its shapes.
+            seq: the random sequence, or its shape.
+            sizes: split -> its data.
+        """
+        batch_size = self._settings.batch_size
+        blocks: dict[str, PyTree] = {
+            name: self.batches(self.room(name), batch_size, split=name) for name in self._first
+        }
+        tails = {name: size % batch_size for name, size in sizes.items()}
+        return self.programs.wanted(state, seq, blocks, tails)
+
+    def _divide(self) -> Gather:
+        """Lays the state out in parts; returns what gathers the parameters again."""
+        engine = self._engine
+        checks.check_sharded(engine.mapped)
+        engine.layout = divided(self.origin.shapes(), len(engine.devices), AXIS)
+        specs = jax.tree.leaves(engine.params_layout, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+        return Gather(engine.mesh, tuple(specs))
+
+    def _plan(self, traced: checks.Traced) -> Plan:
+        settings = self._settings
+        step_bytes = settings.accumulate_steps * settings.batch_size * tree_bytes(self._first["train"].arguments)
+        platform = self._engine.devices[0].platform
+        return plan(settings.steps_per_execution, platform, traced.primitives, step_bytes, settings.epoch_steps)
+
+    def _recipe(self, traced: checks.Traced, gather: Gather | None) -> Recipe:
+        settings = self._settings
+        return Recipe(
+            traced.model,
+            settings.losses,
+            traced.optimizer,
+            settings.learning_rate,
+            settings.max_grad,
+            settings.batch_size,
+            1 if settings.shard_state else len(self._engine.devices),
+            settings.accumulate_steps,
+            safe=settings.safe,
+            trusted=settings.trusted,
+            looped=self.plan.looped,
+            selects=self.plan.selects,
+            weighted=traced.weighted,
+            by_datum=traced.by_datum,
+            ema=settings.ema,
+            gather=gather,
+        )
