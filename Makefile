@@ -8,6 +8,7 @@ WORKLOAD ?= mlp-128
 SCRIPT ?= -m bench.train $(WORKLOAD)
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+GPU_COMPILE = $(VENV)/gpu-compile
 
 .PHONY: train train-2 test test-quick check test-floor soak bench bench-compare bench-scaling profile nsys ncu clean
 
@@ -30,6 +31,7 @@ train-2: $(INSTALLED)
 	wait $$other
 
 # Programs that tests have compiled are kept from one call to the next.
+test test-quick: $(GPU_COMPILE)/.installed
 test test-quick: export LEARNAX_COMPILATION_CACHE = $(abspath $(VENV))/programs
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -80,6 +82,14 @@ $(VENV)/.bench: $(INSTALLED)
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	touch $@
+
+# What compiles for GPUs that are not here, in a folder of its own: beside JAX it would look for a driver at each start.
+$(GPU_COMPILE)/.installed: $(INSTALLED)
+	rm -rf $(GPU_COMPILE)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint $(CONSTRAINTS) --target $(GPU_COMPILE) \
+		$$($(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["gpu-compile"])')
 	touch $@
 
 clean:

@@ -25,11 +25,12 @@ class Loop:
         parts: of the run.
 
     Attributes:
+        parts: of the run.
         session: frames what is run.
     """
 
     def __init__(self, parts: Parts):
-        self._parts = parts
+        self.parts = parts
         self._settings, self._engine, self._phases = parts.settings, parts.engine, parts.phases
         self._progress, self._log, self._hooks = parts.progress, parts.log, parts.hooks
         self._programs, self._profiler = parts.programs, parts.profiler
@@ -39,7 +40,7 @@ class Loop:
         """Trains the epochs that are left, each by `epoch` or by what a subclass of the trainer has in its place."""
         with self.session():
             if self._progress.position.epoch < self._settings.num_epochs:
-                self._parts.compile()
+                self.parts.compile()
             else:
                 self._tell_complete()
             params = jax.tree.leaves(self._progress.state.params)
@@ -53,7 +54,7 @@ class Loop:
             self._progress.begin_epoch(epoch)
         with self.session():
             self._log.begin_epoch(epoch, self._settings.num_epochs)
-            blocks = self._parts.loaders["train"].blocks(self._progress.position.batch)
+            blocks = self.parts.loaders["train"].blocks(self._progress.position.batch)
             for block in self._phases.waiting(self._phases.data, blocks):
                 self._train_block(block)
             self._log.drain()
@@ -65,14 +66,14 @@ class Loop:
         while start < len(block):
             step = self._log.step_at_most
             edge = min(self._profiler.next_due(step), self._hooks.next_due(step))
-            room = min(self._parts.plan.room, self._profiler.room(step, self._progress.position.epoch))
+            room = min(self.parts.plan.room, self._profiler.room(step, self._progress.position.epoch))
             count = int(min((len(block) - start) // batches, room, edge - step))
             outputs = self._dispatch(block, start, count)
             start += count * batches
             # Where an update turns out to have been dropped, the step count falls back, and another edge may be next.
             if step + count == edge or step + count != self._log.step_at_most:
                 self._between(block, start - 1, outputs)
-            self._parts.stops.check()
+            self.parts.stops.check()
 
     def _dispatch(self, block: Block, start: int, count: int) -> PyTree:
         """Makes training steps; returns the outputs of the last, on the devices, where they are plotted."""
@@ -121,8 +122,8 @@ class Loop:
         marks, seq = self._progress.position.marks, self._progress.seq
         means = {"train": self._log.training_means(marks)}
         moment = Moment(self._log.step, epoch, self._progress.state)
-        if self._parts.validation.next_due(epoch) == epoch + 1:
-            validated, seq = self._parts.validation(moment, seq)
+        if self.parts.validation.next_due(epoch) == epoch + 1:
+            validated, seq = self.parts.validation(moment, seq)
             means |= validated
         # Only after all validation: an epoch that is interrupted before this validates again, with the same keys.
         rows = self._log.keep_epoch(means)

@@ -8,6 +8,10 @@ import signal
 import sys
 import tempfile
 
+# What compiles for GPUs; see the Makefile.
+if os.path.isdir(os.path.join(sys.prefix, "gpu-compile")):
+    sys.path.append(os.path.join(sys.prefix, "gpu-compile"))
+
 # One for all processes of the tests, so that each program is compiled once.
 if "LEARNAX_COMPILATION_CACHE" not in os.environ:
     os.environ["LEARNAX_COMPILATION_CACHE"] = tempfile.mkdtemp(prefix="learnax-tests-")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
 import stat
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -72,6 +73,19 @@ def use_cache(asked: str | os.PathLike[str] | bool | None) -> Path | None:
     # and which programs are there does not depend on a clock.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """No compiled program is kept or found inside: those for devices that are not here cannot be read again."""
+    on = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX asks once whether there is one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", on)
+        reset_cache()
 
 
 def _remove_damaged(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import jaxlib.version
 import numpy as np
 from jax.experimental import topologies
 
-from learnax.engine.engine import Engine
+from learnax.engine.cache import without_cache
+from learnax.engine.engine import Engine, Wanted
 from learnax.profiling.phases import Phases
 
 _T = 1e12
@@ -215,13 +217,12 @@ def _check_plugin() -> None:
             f"pip install {PLUGIN}=={jaxlib.version.__version__} "
             f"{PLUGIN.replace('plugin', 'pjrt')}=={jaxlib.version.__version__}"
         )
-    try:
-        jax.devices("cpu")
-    except RuntimeError as error:
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if platforms and "cpu" not in platforms.split(","):
         raise RuntimeError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms} hides the CPU, "  # type: ignore[attr-defined]
-            "on which programs for other devices are compiled; write JAX_PLATFORMS=cpu, or 'cuda,cpu'"
-        ) from error
+            f"JAX_PLATFORMS={platforms} hides the CPU, on which programs for other devices are compiled: write "
+            f"JAX_PLATFORMS={platforms},cpu where there is a GPU, and else JAX_PLATFORMS=cpu"
+        )
 
 
 class Remote(Engine):
@@ -236,6 +237,11 @@ class Remote(Engine):
 
     def __init__(self, target: Target):
         super().__init__(target.devices(), Phases(0.0, []))
+
+    def prepare(self, wanted: Iterable[Wanted]) -> None:
+        """As `Engine.prepare`."""
+        with without_cache():
+            super().prepare(wanted)
 
     def scalar(self, value: int) -> Any:
         """The shape of a whole number."""
