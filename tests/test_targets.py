@@ -16,6 +16,7 @@ import pytest
 from bench.workloads import GPT, Size
 from learnax.engine import hlo
 from learnax.engine.cache import without_cache
+from learnax.engine.overlap import overlapping
 from learnax.engine.targets import CARDS, INSTALL, Remote, target_of
 from learnax.loss import LossPipe
 from learnax.models import Linen
@@ -200,6 +201,45 @@ def test_a_gradient_is_reduced_once_over_the_devices():
     params = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.train_state.params))
     assert program.pieces == {"all-reduce": 1}
     assert params <= program.collectives["all-reduce"] <= params + 2048  # what is packed is filled up
+
+
+@compiles
+@pytest.mark.thorough
+def test_a_divided_state_is_gathered_narrow_and_in_pieces_twice_and_scattered_in_as_many_as_layers():
+    layers, width = 3, 768
+    model = GPT(Size(layers, width, 12, 4096, 128, 8, jnp.bfloat16))
+    data = [[np.zeros(128, np.int32)] * 2] * 8
+    losses = lambda output, datum: (output, (output**2).mean(), {})  # noqa: E731
+    programs = []
+    for divided in (False, True):
+        with jax.numpy_dtype_promotion("standard"):  # flax's own layers need it
+            trainer = make_trainer(train_dataset=data, model=model, losses=losses, shard_state=divided)
+            programs.append(trainer.preflight(target="h100:8").programs["train"])
+    whole, part = programs
+    params = 12 * layers * width**2 + 4096 * width
+    # In bfloat16, for the loss and for its gradient; beside them what the lookup of a token's row needs.
+    assert 2 * 2 * params <= part.collectives["all-gather"] <= 2 * 2 * params + 4 * 128 * 8 * width
+    assert part.pieces["all-gather"] >= 2 * layers
+    assert part.collectives["reduce-scatter"] == pytest.approx(2 * params, rel=0.02)
+    assert part.pieces["reduce-scatter"] >= layers
+    assert part.collectives["all-reduce"] < 1e6
+    assert (part.unknown_loops, part.conditionals, part.state_copies) == (0, 0, 0)
+    assert part.donated_bytes == part.state_bytes
+    assert part.total_bytes < 0.3 * whole.total_bytes
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_gpu_enable_latency_hiding_scheduler=false"])
+def test_the_compiler_is_told_to_overlap_where_there_is_something_to_send_and_the_user_has_not_said(monkeypatch, flags):
+    class Device:
+        platform = "gpu"
+
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert overlapping([Device()], divided=False) == {}
+    assert overlapping(jax.devices(), divided=True) == {}
+    options = overlapping([Device()] * 8, divided=True)
+    assert ("xla_gpu_enable_latency_hiding_scheduler" in options) == (not flags)
+    assert options["xla_gpu_all_gather_combine_threshold_bytes"] == 1 << 24
+    assert options["xla_gpu_reduce_scatter_combine_threshold_bytes"] == 1 << 21
 
 
 # ---- whether it fits

@@ -21,6 +21,7 @@ from learnax.checks.optimizer import checked_optimizer
 from learnax.checks.settings import Settings
 from learnax.checks.texts import names_axis, raised, structure_of, value_lines
 from learnax.data import FirstDatum
+from learnax.engine.sharding import used_types
 from learnax.metrics import terms_of
 from learnax.models import BATCH_AXIS, MODES, Adapter, Model
 from learnax.step import AXIS, datum_loss, initial, is_weighted, share_loss, with_axis
@@ -44,6 +45,7 @@ class Traced:
         primitives: names of the JAX primitives that it is made of.
         weighted: whether the loss has weights.
         by_datum: whether losses and metrics are given for each datum.
+        used: the type that each parameter is computed in, in training.
     """
 
     model: Model
@@ -54,6 +56,7 @@ class Traced:
     primitives: frozenset[str]
     weighted: bool
     by_datum: bool
+    used: tuple[Any, ...]
 
 
 def check_model(settings: Settings, data: Mapping[str, FirstDatum], rows: int) -> Traced:
@@ -136,7 +139,7 @@ class _Trace:
         asked: tuple[str, ...] = ()
         names: dict[str, None] = {}
         primitives: set[str] = set()
-        weighted, by_datum = False, True
+        weighted, by_datum, used = False, True, ()
         for split in self._data:
             arguments = self._seen(split)
             look = functools.partial(model.ready, params, model_state, *arguments)
@@ -146,12 +149,14 @@ class _Trace:
             watching = watched(settings.losses, Seen(split, arguments, output, model.batched, self._rows))
             loss_of = functools.partial(share_loss if model.batched else datum_loss, model, watching)
             jaxpr, shapes = jax.make_jaxpr(loss_of, return_shape=True)(params, model_state, key, arguments, step)
+            if split == "train":
+                used = used_types(jaxpr.jaxpr, len(jax.tree.leaves(params)))
             names |= dict.fromkeys(shapes[2])
             weighted |= is_weighted(shapes[1])
             by_datum &= not model.batched or all(map(self._is_by_datum, (shapes[1], *shapes[2].values())))
             primitives.update(_primitives(jaxpr.jaxpr))
         axes = AXIS in self.around
-        return Traced(model, optimizer, asked, tuple(names), axes, frozenset(primitives), weighted, by_datum)
+        return Traced(model, optimizer, asked, tuple(names), axes, frozenset(primitives), weighted, by_datum, used)
 
     def _seen(self, split: str) -> list[Any]:
         """A split's first datum as the model sees it: a batched one, as a share of its like."""

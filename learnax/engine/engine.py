@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from learnax.engine.overlap import overlapping
 from learnax.profiling.costs import Costs, costs_of
 from learnax.profiling.phases import Phases
 from learnax.step import AXIS, evaluated
@@ -260,10 +261,11 @@ class Engine:
     def prepare(self, wanted: Iterable[Wanted]) -> None:
         """Compiles those of these programs that are not there yet, side by side."""
         missing = {(kind.name, signature): (kind, args) for kind, signature, args in wanted}
+        options = overlapping(self.devices, divided=self.layout != SAME)
         with ThreadPoolExecutor(thread_name_prefix="learnax-compiler") as pool:
             # Tracing is Python and goes one by one; XLA compiles the first program while the next is traced.
             compiling = {
-                key: pool.submit(self._compile, *self._lower(kind, args))
+                key: pool.submit(self._compile, *self._lower(kind, args), options)
                 for key, (kind, args) in missing.items()
                 if key not in self.programs
             }
@@ -302,9 +304,9 @@ class Engine:
         return kind.name, lowered, {"trace": middle - began, "lower": time.perf_counter() - middle}
 
     @staticmethod
-    def _compile(name: str, lowered: jax.stages.Lowered, seconds: dict[str, float]) -> Program:
+    def _compile(name: str, lowered: jax.stages.Lowered, seconds: dict[str, float], options: dict[str, Any]) -> Program:
         began = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(options or None)
         return Program(name, compiled, {**seconds, "compile": time.perf_counter() - began})
 
     def _tell_again(self, name: str, signature: Hashable, program: Program) -> None:

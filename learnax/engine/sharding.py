@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,10 @@ from learnax.utils import PyTree
 
 
 def divided(shapes: PyTree, devices: int, axis_name: str) -> PyTree:
-    """How each array of a state lies: along its longest axis that the devices divide, or the same on each.
+    """How each array of a state lies: along its first axis that the devices divide, or the same on each.
+
+    The first, as parts of it are contiguous: what is gathered or scattered along another one is transposed before and
+    after, and so is the state.
 
     Those that a step packs into one vector stay whole: of a state that is worth dividing, they are a small part.
 
@@ -28,13 +32,21 @@ def divided(shapes: PyTree, devices: int, axis_name: str) -> PyTree:
     """
 
     def spec(leaf: Any) -> PartitionSpec:
-        fitting = [axis for axis, size in enumerate(leaf.shape) if size % devices == 0]
-        if leaf.size <= SMALL or not fitting or devices == 1:
+        axis = next((axis for axis, size in enumerate(leaf.shape) if size and size % devices == 0), None)
+        if leaf.size <= SMALL or axis is None or devices == 1:
             return PartitionSpec()
-        axis = max(fitting, key=lambda axis: leaf.shape[axis])
         return PartitionSpec(*[None] * axis, axis_name)
 
     return jax.tree.map(spec, shapes)
+
+
+_MOVES = frozenset(
+    (
+        *("custom_vjp_call", "sharding_constraint", "convert_element_type"),
+        *("transpose", "reshape", "squeeze", "broadcast_in_dim", "copy"),
+    )
+)
+"""What takes a parameter from its parts to its use, and computes nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,33 +56,103 @@ class Gather:
     Attributes:
         mesh: the devices.
         specs: how the parameters lie; one for each leaf, in order.
+        types: what each is computed in, see `used_types`.
+        shapes: of those that are divided, whole.
     """
 
     mesh: Mesh
     specs: tuple[PartitionSpec, ...]
+    types: tuple[Any, ...]
+    shapes: frozenset[tuple[int, ...]]
 
-    def __call__(self, params: PyTree) -> PyTree:
-        """The same values on every device; a gradient through it is summed straight into the devices' parts."""
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of whole parameters as one of those that lie in parts.
+
+        What is gathered is let go after its use, and gathered again for the gradient: it would take the memory that
+        dividing the state saves. A gradient is summed straight into the devices' parts.
+        """
+        if not self.shapes:
+            return function
+        return jax.checkpoint(lambda params, *rest: function(self._whole(params), *rest), policy=self._keeps)
+
+    def _whole(self, params: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(params)
         whole = NamedSharding(self.mesh, PartitionSpec())
         gathered = [
-            _gather(leaf, whole, NamedSharding(self.mesh, spec)) if spec else leaf
-            for leaf, spec in zip(leaves, self.specs, strict=True)
+            _gather(leaf, whole, NamedSharding(self.mesh, spec), used) if spec else leaf
+            for leaf, spec, used in zip(leaves, self.specs, self.types, strict=True)
         ]
         return jax.tree.unflatten(structure, gathered)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(leaf: jax.Array, whole: NamedSharding, part: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(leaf, whole)
-
-
-def _forward(leaf: jax.Array, whole: NamedSharding, part: NamedSharding) -> tuple[jax.Array, None]:
-    return jax.lax.with_sharding_constraint(leaf, whole), None
+    def _keeps(self, primitive: Any, *given: Any, **settings: Any) -> bool:
+        """Whether the gradient finds a value as it was; else it is made again, from a parameter's parts."""
+        del settings
+        return not (primitive.name in _MOVES and given and given[0].shape in self.shapes)
 
 
-def _backward(whole: NamedSharding, part: NamedSharding, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(leaf: jax.Array, whole: NamedSharding, part: NamedSharding, used: Any) -> jax.Array:
+    # What is computed in half precision crosses the devices in that; the model, which makes it that, gets it back wide.
+    narrow = jax.lax.with_sharding_constraint(leaf.astype(used), part)
+    return jax.lax.with_sharding_constraint(narrow, whole).astype(leaf.dtype)
+
+
+def _forward(leaf: jax.Array, whole: NamedSharding, part: NamedSharding, used: Any) -> tuple[jax.Array, None]:
+    return _gather(leaf, whole, part, used), None
+
+
+def _backward(whole: NamedSharding, part: NamedSharding, used: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.with_sharding_constraint(gradient, part),)
 
 
 _gather.defvjp(_forward, _backward)
+
+
+def used_types(jaxpr: Any, count: int) -> tuple[Any, ...]:
+    """The types that a computation makes its first arguments before it does anything else with them.
+
+    Args:
+        jaxpr: the computation.
+        count: how many of its arguments are asked after.
+
+    Returns:
+        For each the one type that all its uses have in common, or its own type.
+    """
+    found = []
+    for variable in jaxpr.invars[:count]:
+        made = _made(jaxpr, variable)
+        found.append(next(iter(made)) if len(made) == 1 else variable.aval.dtype)
+    return tuple(found)
+
+
+def _made(jaxpr: Any, variable: Any) -> set[Any]:
+    """The types that a variable is made; its own, where anything else is done with it."""
+    made = {variable.aval.dtype for out in jaxpr.outvars if out is variable}
+    for equation in jaxpr.eqns:
+        places = [place for place, given in enumerate(equation.invars) if given is variable]
+        if not places:
+            continue
+        inner = _called(equation)
+        if equation.primitive.name == "convert_element_type":
+            made.add(equation.params["new_dtype"])
+        elif inner is not None and len(inner.invars) == len(equation.invars):
+            made = made.union(*(_made(inner, inner.invars[place]) for place in places))
+        else:
+            made.add(variable.aval.dtype)
+    return made
+
+
+def _called(equation: Any) -> Any:
+    """What an equation calls once, on its own arguments; or None."""
+    if equation.primitive.name not in (
+        "jit",
+        "pjit",
+        "closed_call",
+        "remat2",
+        "checkpoint",
+        "custom_jvp_call",
+        "custom_vjp_call",
+    ):
+        return None
+    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    return getattr(inner, "jaxpr", inner)

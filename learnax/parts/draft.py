@@ -41,7 +41,7 @@ class Draft:
         self._settings, self._engine, self._first = settings, engine, first
         engine.mapped = traced.mapped
         self.origin = Origin(settings, traced.model, traced.optimizer, first["train"].arguments, engine)
-        gather = self._divide() if settings.shard_state else None
+        gather = self._divide(traced) if settings.shard_state else None
         self.plan = self._plan(traced)
         self.recipe = self._recipe(traced, gather)
         with_outputs, by_average = settings.plot_pipe is not None, settings.ema_eval
@@ -74,13 +74,15 @@ class Draft:
         tails = {name: size % batch_size for name, size in sizes.items()}
         return self.programs.wanted(state, seq, blocks, tails)
 
-    def _divide(self) -> Gather:
-        """Lays the state out in parts; returns what gathers the parameters again."""
+    def _divide(self, traced: checks.Traced) -> Gather:
+        """Lays the state out in parts; returns what gathers the parameters for a loss."""
         engine = self._engine
         checks.check_sharded(engine.mapped)
-        engine.layout = divided(self.origin.shapes(), len(engine.devices), AXIS)
+        shapes = self.origin.shapes()
+        engine.layout = divided(shapes, len(engine.devices), AXIS)
         specs = jax.tree.leaves(engine.params_layout, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
-        return Gather(engine.mesh, tuple(specs))
+        leaves = zip(jax.tree.leaves(shapes.params), specs, strict=True)
+        return Gather(engine.mesh, tuple(specs), traced.used, frozenset(leaf.shape for leaf, spec in leaves if spec))
 
     def _plan(self, traced: checks.Traced) -> Plan:
         settings = self._settings

@@ -116,17 +116,17 @@ def batch_losses(
     training: bool,
 ) -> Seen:
     """Outputs, losses and metrics of each datum of a share, as they are (a NaN is a NaN); what the model carries on."""
-    if recipe.gather is not None:
-        params = recipe.gather(params)
     loss = share_loss if recipe.model.batched else datum_loss
     one = functools.partial(loss, recipe.model, recipe.losses, training=training)
     if recipe.model.batched:
-        return one(params, model_state, keys[0], batch, step)
-    # What is carried on has no axis: it is the same whichever datum it comes from, or that is an error.
-    axes = (None, None, 0, 0, None)
-    return jax.vmap(one, in_axes=axes, out_axes=(0, 0, 0, None), axis_name=BATCH_AXIS)(
-        params, model_state, keys, batch, step
-    )
+        losses: Callable[..., Seen] = lambda params, state, keys, *rest: one(params, state, keys[0], *rest)  # noqa: E731
+    else:
+        # What is carried on has no axis: it is the same whichever datum it comes from, or that is an error.
+        axes = (None, None, 0, 0, None)
+        losses = jax.vmap(one, in_axes=axes, out_axes=(0, 0, 0, None), axis_name=BATCH_AXIS)
+    if recipe.gather is not None:
+        losses = recipe.gather(losses)
+    return losses(params, model_state, keys, batch, step)
 
 
 def mean_loss(

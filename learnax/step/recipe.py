@@ -42,7 +42,7 @@ class Recipe:
         weighted: whether the loss has weights of its own, see `learnax.metrics.Mean`.
         by_datum: whether losses and metrics are given for each datum, so that padding can be left out of them.
         ema: the decay of the parameters' average, a number or a schedule; None where there is none.
-        gather: makes whole parameters for the loss of those that the state has; None where the state has them whole.
+        gather: makes a function of whole parameters one of those that the state has; None where it has them whole.
     """
 
     model: Model
@@ -60,7 +60,7 @@ class Recipe:
     weighted: bool = False
     by_datum: bool = True
     ema: float | Callable[[Any], Any] | None = None
-    gather: Callable[[PyTree], PyTree] | None = None
+    gather: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
     def of_one_batch(self) -> Recipe:
         """The same with one batch for each update."""
@@ -91,11 +91,13 @@ def next_keys(seq: jax.Array, count: Any, room: int) -> tuple[jax.Array, jax.Arr
         seq, key = jax.random.split(seq)
         return seq, key[None]
 
-    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        seq, key = jax.random.split(carry[0])
-        return seq, jax.lax.dynamic_update_index_in_dim(carry[1], key, i, 0)
+    def split(seq: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        seq, key = jax.random.split(seq)
+        return seq, (seq, key)
 
-    return jax.lax.fori_loop(0, count, body, (seq, jnp.broadcast_to(seq, (room,))))
+    # As many splits as there is room for, whatever the count: where a loop ends on a GPU, the host would read it.
+    _, (seqs, keys) = jax.lax.scan(split, seq, length=room)
+    return jax.lax.dynamic_index_in_dim(seqs, count - 1, keepdims=False), keys
 
 
 def keys_of(recipe: Recipe, key: jax.Array) -> jax.Array:

@@ -200,9 +200,7 @@ def train_many(
     packing = Packing(trained, moments=recipe.trusted and room > 1, apart=apart)
     # A jitted function is traced once, for both uses below: its shapes, and the loop.
     step = jax.jit(functools.partial(train, recipe, packing, with_outputs), inline=True)
-    # Of a single step the number of keys is known beforehand: on a GPU another loop's end is read by the host.
-    steps: Any = 1 if room == 1 else count
-    seq, keys = next_keys(seq, steps * recipe.accumulate, room * recipe.accumulate)
+    seq, keys = next_keys(seq, count * recipe.accumulate, room * recipe.accumulate)
 
     def one(state: TrainState, number: Any) -> tuple[TrainState, Scalars, Any]:
         first = number * recipe.accumulate
