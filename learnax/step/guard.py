@@ -57,9 +57,13 @@ def apply(
         share: what all batches of the step come to on all devices.
         loss_at: makes the step's loss as a function of what is trained; called for optimisers that ask for it.
     """
-    squares = packing.squares(share.grads)
-    norm = jnp.sqrt(squares.sum())
-    sound = _sound(share.grads, norm, selects=recipe.selects)
+    if recipe.selects:
+        squares, sound = packing.squares_and_finite(share.grads)
+        norm = jnp.sqrt(squares.sum())
+    else:
+        squares = packing.squares(share.grads)
+        norm = jnp.sqrt(squares.sum())
+        sound = _sound(share.grads, norm)
     values = finished(share.parts)
     exact = all(map(_is_trusted, jax.tree.leaves(state.params)))
     known = conditions_of(recipe.optimizer, state.opt_state) if recipe.safe and exact and not recipe.trusted else None
@@ -134,14 +138,12 @@ def _applied(params: PyTree, updates: PyTree) -> PyTree:
         return optax.apply_updates(params, updates)
 
 
-def _sound(grads: PyTree, norm: jax.Array, *, selects: bool) -> jax.Array:
+def _sound(grads: PyTree, norm: jax.Array) -> jax.Array:
     """Whether the clipped gradients are free of NaN.
 
     A finite norm says so at no cost. An infinite one may only have overflowed, with every gradient
     finite; that is looked at leaf by leaf, in the rare case alone where a branch costs little.
     """
-    if selects:
-        return _all_finite(grads)
     return jax.lax.cond(jnp.isfinite(norm), lambda: jnp.asarray(True), lambda: _all_finite(grads))
 
 
