@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 GPU_COMPILE = $(VENV)/gpu-compile
 
-.PHONY: train train-2 test test-quick check test-floor soak bench bench-compare bench-scaling profile nsys ncu clean
+.PHONY: train train-2 test test-quick check test-floor soak bench bench-gpu bench-compare bench-scaling profile nsys ncu clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -58,6 +58,10 @@ soak: $(INSTALLED)
 bench: $(VENV)/.bench
 	$(if $(DEVICES),JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES)) \
 		$(BIN)/python -m bench $(ARGS)
+
+# What runs on GPUs that are not here: kernels, loops, copies and bytes of compiled programs, beside a hand-written one.
+bench-gpu: $(VENV)/.bench $(GPU_COMPILE)/.installed
+	PYTHONPATH=$(GPU_COMPILE) $(BIN)/python -m bench.gpu $(ARGS)
 
 # make bench-compare BASE=old.json NEW=new.json: fails, by name, where something got slower beyond noise.
 bench-compare: $(VENV)/.bench

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from bench.stats import Ratio, bootstrap_ratio
 
 MARGIN = 0.05
 """How far the interval of new / base must lie beyond 1 for a change to be named."""
-FLOOR = {"s": 1e-6, "B": 1e6, "": 0.02}
+FLOOR = {"s": 1e-6, "B": 1e6, "": 0.02, "n": 0.5}
 """Changes of a median smaller than these are nobody's concern, whatever their ratio: by unit."""
 
 
@@ -36,7 +37,7 @@ class Change(NamedTuple):
 
     @property
     def _counts(self) -> bool:
-        enough = min(len(self.base.samples), len(self.new.samples)) >= 3 or self.base.unit == "B"
+        enough = min(len(self.base.samples), len(self.new.samples)) >= 3 or self.base.unit in ("B", "n")
         return enough and abs(self.new.median - self.base.median) >= FLOOR[self.base.unit]
 
 
@@ -46,8 +47,12 @@ def changes(base: Results, new: Results, contender: str = "learnax") -> Iterator
         if figure.contender.split(",")[0] != contender:
             continue
         old = base.find(figure.workload, figure.contender, figure.measure)
-        if old is not None and old.median > 0 and figure.median > 0:
+        if old is None:
+            continue
+        if old.median > 0 and figure.median > 0:
             yield Change(old, figure, bootstrap_ratio(figure.samples, old.samples, paired=False))
+        elif figure.unit == "n" and old.median != figure.median:  # a count that was none, or is none now
+            yield Change(old, figure, Ratio(*[math.inf if figure.median else 0.0] * 3))
 
 
 def main(arguments: list[str] | None = None) -> int:

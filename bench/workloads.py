@@ -277,7 +277,15 @@ class GPT(nn.Module):
 
 def gpt(scale: str, steps: int) -> Workload:
     """A GPT of about the size that its scale says, on tokens with something to learn: each tends to follow its last."""
-    size = SIZES[scale]
+    return _gpt(SIZES[scale], steps)
+
+
+def gpt_124m() -> Workload:
+    """One of 124 M parameters with a short context and little data in a step: all state."""
+    return _gpt(SIZES["124m"]._replace(context=128, batch_size=8), 1)
+
+
+def _gpt(size: Size, steps: int) -> Workload:
     rng = np.random.default_rng(0)
     jumps = rng.choice(4, size=(size.batch_size * steps, size.context + 1), p=[0.7, 0.1, 0.1, 0.1])
     tokens = (np.cumsum(jumps, axis=1) % size.vocabulary).astype(np.int32)

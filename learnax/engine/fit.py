@@ -187,7 +187,7 @@ def _look(program: Program, state: PyTree, layout: Any, engine: Remote, card: Ca
     memory: Any = program.compiled.memory_analysis()
     arrays = _own_arrays(state, engine.shardings(layout))
     # A copy of a single number, a count for one, is none of the state.
-    shapes = {(_type(leaf), leaf.shape) for leaf in arrays if leaf.size > 1}
+    shapes = {hlo.shape_of(leaf) for leaf in arrays if leaf.size > 1}
     counts = hlo.count(program.compiled.as_text() or "", shapes, card.cache)
     ends = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = ends + memory.temp_size_in_bytes
@@ -213,14 +213,3 @@ def _own_arrays(state: PyTree, shardings: Any) -> list[jax.ShapeDtypeStruct]:
         own = jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
         arrays.append(jax.eval_shape(key_data, own))
     return arrays
-
-
-_TYPES = {"bool": "pred", "bfloat16": "bf16", "complex64": "c64", "complex128": "c128"}
-_LETTERS = {"float": "f", "int": "s", "uint": "u"}
-
-
-def _type(leaf: Any) -> str:
-    """A dtype in XLA's words."""
-    name = leaf.dtype.name
-    letters = name.rstrip("0123456789")
-    return _TYPES.get(name) or _LETTERS.get(letters, letters) + name[len(letters) :]

@@ -130,6 +130,17 @@ def count(text: str, state: Collection[Shape] = (), cache: int = 0) -> Counts:
     )
 
 
+_TYPES = {"bool": "pred", "bfloat16": "bf16", "complex64": "c64", "complex128": "c128"}
+_LETTERS = {"float": "f", "int": "s", "uint": "u"}
+
+
+def shape_of(array: Any) -> Shape:
+    """An array's shape in XLA's words."""
+    name = array.dtype.name
+    letters = name.rstrip("0123456789")
+    return _TYPES.get(name) or _LETTERS.get(letters, letters) + name[len(letters) :], tuple(array.shape)
+
+
 class _Counter:
     """Walks through what is run, from the entry on."""
 
