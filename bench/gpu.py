@@ -164,6 +164,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.workloads:
         workload = made[name]()
         for target in args.targets:
+            if workload.batch_size % target_of(target).count:
+                print(f"{name}, {target}: left out, a batch of {workload.batch_size} does not divide over it\n")
+                continue
             with contextlib.redirect_stderr(open(os.devnull, "w")):
                 found = counted(workload, target)
             for one in found:

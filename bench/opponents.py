@@ -54,6 +54,8 @@ class Contender(Protocol):
 class Hand:
     """A loop as one would write it by hand: a donated jitted step with no clip, no guard, and nothing read back.
 
+    Where the workload names an optimiser, there is a clip before it, as learnax has it.
+
     Batches are stacked in numpy beforehand, unless the workload measures reading.
 
     Args:
@@ -73,7 +75,11 @@ class Hand:
         self._careful = len(devices) > 1 and devices[0].platform == "cpu"
         self._stacked = None if workload.live else list(self._read())
 
-        self._optimizer = optax.adam(workload.learning_rate)
+        if workload.optimizer is None:
+            self._optimizer = optax.adam(workload.learning_rate)
+        else:
+            own = workload.optimizer(workload.learning_rate)
+            self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), own)
         state = self._start(params)
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if self._split else state
         self._step = self._compiled()
@@ -340,6 +346,8 @@ class Learnax:
     """
 
     def __init__(self, workload: Workload, **extra: Any):
+        if workload.optimizer is not None:
+            extra = {"optimizer": workload.optimizer(workload.learning_rate), **extra}
         self.trainer = _Paced(
             workload.model,
             workload.learning_rate,

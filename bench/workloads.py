@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 IN, OUT = 64, 10
 """Features and targets of an MLP's datum."""
@@ -36,6 +37,7 @@ class Workload:
         dtype: what the matrices are multiplied in.
         kind: the idiom of a loop written by hand, see `bench.opponents.HANDS`.
         twin: a workload of the same computation in flax linen, which learnax is measured against.
+        optimizer: makes an optimiser of the learning rate; None is Adam. With one, the loop written by hand clips, too.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Workload:
     dtype: Any = jnp.float32
     kind: str = "linen"
     twin: Callable[[], Workload] | None = None
+    optimizer: Callable[[float], optax.GradientTransformation] | None = None
 
     def arguments(self, datum: Any) -> list[Any]:
         """A datum or a batch as the model's arguments."""
@@ -136,6 +139,24 @@ def equinox_mlp(width: int, steps: int) -> Workload:
         steps,
         kind="equinox",
         twin=lambda: mlp(width, steps),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "adamw": optax.adamw,
+    "lion": optax.lion,
+    "sgd": functools.partial(optax.sgd, momentum=0.9),
+    "adafactor": optax.adafactor,
+    "muon": optax.contrib.muon,
+}
+"""Optimisers that the MLPs are trained with, beside the default one, by name."""
+
+
+def optimized(optimizer: str, width: int, steps: int) -> Workload:
+    """The MLP with another optimiser."""
+    workload = mlp(width, steps)
+    return dataclasses.replace(
+        workload, name=f"{optimizer}-{width}", optimizer=OPTIMIZERS[optimizer], keras=None
     )
 
 
@@ -356,12 +377,19 @@ def makers(scale: str, quick: bool) -> dict[str, Callable[[], Workload]]:
         scale: the size of the GPT.
         quick: whether rounds are shorter, to see that all works.
     """
+    narrow, wide = (128, 16) if quick else (1024, 64)
+    others = {
+        f"{name}-{width}": functools.partial(optimized, name, width, steps)
+        for name in OPTIMIZERS
+        for width, steps in ((128, narrow), (2048, wide))
+    }
     return {
-        "mlp-128": functools.partial(mlp, 128, 128 if quick else 1024),
-        "mlp-2048": functools.partial(mlp, 2048, 16 if quick else 64),
+        **others,
+        "mlp-128": functools.partial(mlp, 128, narrow),
+        "mlp-2048": functools.partial(mlp, 2048, wide),
         "mlp-4096": functools.partial(mlp, 4096, 32 if quick else 64),
-        "nnx-mlp": functools.partial(nnx_mlp, 128, 128 if quick else 1024),
-        "equinox-mlp": functools.partial(equinox_mlp, 128, 128 if quick else 1024),
+        "nnx-mlp": functools.partial(nnx_mlp, 128, narrow),
+        "equinox-mlp": functools.partial(equinox_mlp, 128, narrow),
         "digits": functools.partial(digits, 1 if quick else 6),
         "resnet": functools.partial(resnet, 1 if quick else 2),
         "gpt": functools.partial(gpt, scale, 16),
