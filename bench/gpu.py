@@ -101,7 +101,8 @@ def keras(workload: Workload, target: str) -> dict[str, float] | None:
     model._symbolic_build(data_batch=(jnp.zeros(x.shape, x.dtype), jnp.zeros(y.shape, y.dtype)))
     variables = (model.trainable_variables, model.non_trainable_variables, optimizer.variables, model.metrics_variables)
     state = tuple([jax.ShapeDtypeStruct(v.shape, v.dtype) for v in some] for some in variables)
-    return _compiled(lambda state, data: model.train_step(state, data)[::-1], state, (x, y), target)
+    with jax.numpy_dtype_promotion("standard"):
+        return _compiled(lambda state, data: model.train_step(state, data)[::-1], state, (x, y), target)
 
 
 def _compiled(step: Callable[[Any, Any], Any], state: Any, batch: Any, asked: str) -> dict[str, float]:
@@ -159,6 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), metavar="GPU[:COUNT]")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for gpu.json")
     args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
     made = {**makers("10m", quick=True), "gpt-124m": gpt_124m}
     results = Results(describe_machine(), {"workloads": args.workloads, "targets": args.targets})
     for name in args.workloads:
@@ -173,7 +175,6 @@ def main(arguments: list[str] | None = None) -> None:
                 for measure, unit in MEASURES.items():
                     results.add(f"{name} on {target}", one.contender, measure, unit, [one.values[measure]])
             print("\n".join(lines(name, target, found)), end="\n\n", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     results.write(args.out / "gpu.json")
     print(args.out / "gpu.json")
 

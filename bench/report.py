@@ -29,7 +29,9 @@ def rate(value: float) -> str:
 
 def amount(figure: Figure) -> str:
     """A figure's median with its unit."""
-    return {"s": seconds, "B": size, "n": lambda count: f"{count:.0f}", "": lambda share: f"{share:.1%}"}[figure.unit](figure.median)
+    return {"s": seconds, "B": size, "n": lambda count: f"{count:.0f}", "": lambda share: f"{share:.1%}"}[figure.unit](
+        figure.median
+    )
 
 
 def table(results: Results) -> str:

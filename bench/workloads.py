@@ -155,9 +155,7 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 def optimized(optimizer: str, width: int, steps: int) -> Workload:
     """The MLP with another optimiser."""
     workload = mlp(width, steps)
-    return dataclasses.replace(
-        workload, name=f"{optimizer}-{width}", optimizer=OPTIMIZERS[optimizer], keras=None
-    )
+    return dataclasses.replace(workload, name=f"{optimizer}-{width}", optimizer=OPTIMIZERS[optimizer], keras=None)
 
 
 # ---- a residual net with batch normalisation

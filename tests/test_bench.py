@@ -328,3 +328,34 @@ def test_make_knows_its_targets():
     assert "--xla_force_host_platform_device_count=4" in dry("bench", "DEVICES=4")
     assert "device_count" not in dry("bench")
     assert "-m bench.compare a.json b.json" in dry("bench-compare", "BASE=a.json", "NEW=b.json")
+
+
+# ---- programs for GPUs
+
+
+def test_a_count_that_grows_or_is_no_longer_none_is_slower(tmp_path, capsys):
+    paths = []
+    for kernels, loops in ((30, 0), (31, 1)):
+        made = results(learnax=[1.0] * 3)
+        made.add("mlp-128 on h100", "learnax", "kernels", "n", [kernels])
+        made.add("mlp-128 on h100", "learnax", "unknown loops", "n", [loops])
+        paths.append(tmp_path / f"{kernels}.json")
+        made.write(paths[-1])
+    assert compare.main([str(path) for path in paths]) == 1
+    told = capsys.readouterr().out
+    assert "unknown loops: 0 to 1" in told
+    assert compare.main([str(path) for path in reversed(paths)]) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="needs the extra gpu-compile")
+def test_programs_for_gpus_are_counted_beside_a_hand_written_one(tmp_path, capsys):
+    from bench import gpu
+
+    gpu.main(["--workloads", "mlp-128", "--targets", "h100", "h100:3", "--out", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "h100:3: left out, a batch of 64 does not divide over it" in told
+    found = Results.read(tmp_path / "gpu.json")
+    own, hand = (found.find("mlp-128 on h100", who, "kernels") for who in ("learnax", "hand"))
+    assert own.median <= hand.median
+    for measure in ("unknown loops", "branches", "copies of state"):
+        assert found.find("mlp-128 on h100", "learnax", measure).median == 0

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -343,6 +344,22 @@ def test_a_count_that_does_not_divide_the_batch():
 def test_a_count_that_is_no_number_of_nodes():
     with pytest.raises(ValueError, match="'h100:12': more than 8 GPUs must be a multiple of 8"):
         make_trainer(train_dataset=make_data(12), batch_size=12).preflight(target="h100:12")
+
+
+class WithCudnn(nn.Module):
+    @nn.compact
+    def __call__(self, x, y=None):
+        heads = nn.Dense(64)(x).reshape(1, 1, 64).astype(jnp.bfloat16)
+        return nn.Dense(3)(
+            jax.nn.dot_product_attention(heads, heads, heads, implementation="cudnn").reshape(-1).astype(jnp.float32)
+        )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nvidia.cudnn") is not None, reason="cuDNN is here")
+def test_a_model_that_asks_for_cudnn_where_it_is_not():
+    text = "it asks for cuDNN, which is not here: pip install nvidia-cudnn-cu12, or leave the choice to XLA"
+    with pytest.raises(ValueError, match=text):
+        make_trainer(train_dataset=make_data(8), model=WithCudnn(), batch_size=8)
 
 
 def test_without_the_plugin_it_says_what_to_install(monkeypatch):

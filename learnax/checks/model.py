@@ -313,6 +313,9 @@ def _inside_lines(model: Model, datum: list[Any], first: list[Any], error: BaseE
     """What went wrong inside the model, and what a datum is to it."""
     layer = _layer(error)
     lines = [raised(error)]
+    if "cudnn" in str(error).lower():
+        wheel = "nvidia-cudnn-cu12"
+        return [*lines, f"it asks for cuDNN, which is not here: pip install {wheel}, or leave the choice to XLA"]
     taken = list(inspect.signature(model.called).parameters)[: len(datum)] if isinstance(model, Adapter) else []
     for place, name in enumerate(taken):
         if isinstance(model, Adapter) and model.inputs == "all" and name in MODES and name not in model.train:

@@ -161,20 +161,9 @@ def compiled_for(engine: Remote, wanted: Iterable[Wanted], card: Card) -> dict[s
 
     Returns:
         By kind; of several programs of one kind, the one that takes most memory.
-
-    Raises:
-        RuntimeError: the compiler fails; its text is in it.
     """
     wanted = list(wanted)
-    try:
-        engine.prepare(wanted)
-    except Exception as error:
-        if "cudnn" not in str(error).lower():
-            raise
-        raise RuntimeError(
-            "the model asks for cuDNN, which compiling for a GPU needs here, too: pip install nvidia-cudnn-cu12.\n"
-            f"{type(error).__name__}: {error}"
-        ) from error
+    engine.prepare(wanted)
     found: dict[str, Compiled] = {}
     for kind, signature, args in wanted:
         program = _look(engine.programs[kind.name, signature], args[0], kind.inputs[0], engine, card)
