@@ -101,15 +101,14 @@ def keras(workload: Workload, target: str) -> dict[str, float] | None:
     model._symbolic_build(data_batch=(jnp.zeros(x.shape, x.dtype), jnp.zeros(y.shape, y.dtype)))
     variables = (model.trainable_variables, model.non_trainable_variables, optimizer.variables, model.metrics_variables)
     state = tuple([jax.ShapeDtypeStruct(v.shape, v.dtype) for v in some] for some in variables)
-    with jax.numpy_dtype_promotion("standard"):
-        return _compiled(lambda state, data: model.train_step(state, data)[::-1], state, (x, y), target)
+    return _compiled(lambda state, data: model.train_step(state, data)[::-1], state, (x, y), target)
 
 
 def _compiled(step: Callable[[Any, Any], Any], state: Any, batch: Any, asked: str) -> dict[str, float]:
     target = target_of(asked)
     engine = Remote(target)
     same, split = engine.sharding(PartitionSpec()), engine.sharding(PartitionSpec(AXIS))
-    with without_cache():
+    with without_cache(), jax.numpy_dtype_promotion("standard"):
         compiled = jax.jit(step, donate_argnums=0, in_shardings=(same, split)).lower(state, batch).compile()
     memory: Any = compiled.memory_analysis()
     shapes = {hlo.shape_of(leaf) for leaf in jax.tree.leaves(state) if leaf.size > 1}
@@ -169,7 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
             if workload.batch_size % target_of(target).count:
                 print(f"{name}, {target}: left out, a batch of {workload.batch_size} does not divide over it\n")
                 continue
-            with contextlib.redirect_stderr(open(os.devnull, "w")):
+            # What compilers say on the way.
+            with open(args.out / "gpu.log", "a") as log, contextlib.redirect_stderr(log):
                 found = counted(workload, target)
             for one in found:
                 for measure, unit in MEASURES.items():
