@@ -24,9 +24,9 @@ def startup(results: Results, workload: str, scale: str, pairs: int) -> None:
     first, second, hand = [], [], []
     for _ in range(pairs):
         with tempfile.TemporaryDirectory(prefix="learnax-bench-") as cache:
-            first.append(_child(workload, "learnax", scale, cache))
-            second.append(_child(workload, "learnax", scale, cache))
-        hand.append(_child(workload, "hand", scale, "off"))
+            first.append(_child(workload, "learnax", scale, "step", cache))
+            second.append(_child(workload, "learnax", scale, "step", cache))
+        hand.append(_child(workload, "hand", scale, "step", "off"))
     for name, answers in (("learnax, first start", first), ("learnax, second start", second), ("hand", hand)):
         parts = [answer["parts"] for answer in answers if "parts" in answer]
         more = {part: sorted(p[part] for p in parts)[len(parts) // 2] for part in (parts[0] if parts else ())}
@@ -38,15 +38,15 @@ def startup(results: Results, workload: str, scale: str, pairs: int) -> None:
 def memory(results: Results, workload: str, contenders: list[str], scale: str) -> None:
     """The most memory that a process takes that trains one round."""
     for name in contenders:
-        answer = _child(workload, name, scale, "off")
+        answer = _child(workload, name, scale, "round", "off")
         results.add(workload, name, MEMORY, "B", [answer["host_bytes"]])
         if answer["device_bytes"] is not None:
             results.add(workload, name, DEVICE_MEMORY, "B", [answer["device_bytes"]])
 
 
-def _child(workload: str, contender: str, scale: str, cache: str) -> dict[str, Any]:
+def _child(workload: str, contender: str, scale: str, what: str, cache: str) -> dict[str, Any]:
     environment = {**os.environ, "LEARNAX_COMPILATION_CACHE": cache, "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-m", "bench.child", workload, contender, scale, repr(time.time())]
+    command = [sys.executable, "-m", "bench.child", workload, contender, scale, what, repr(time.time())]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
