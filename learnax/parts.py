@@ -86,7 +86,8 @@ class Parts:
         # The devices, and how state and batches lie on them.
         self.engine = Engine(devices, self.phases)
         self.engine.mapped = traced.mapped
-        self.origin = Origin(settings, traced.model, traced.optimizer, self.first["train"].arguments, self.engine)
+        datum = self.first["train"].arguments
+        self.origin = Origin(settings, traced.model, traced.init, traced.optimizer, datum, self.engine)
         gather = self._divide() if settings.shard_state else None
         self.processes.compare(
             "arguments", lambda: checks.comparable(settings, splits, self.first, self.origin.shapes())

@@ -48,8 +48,8 @@ class Packing:
         self.moments = moments and bool(leaves)
         self._structure = jax.tree.structure(like)
         self._shapes = [leaf.shape for leaf in leaves.values()]
-        # What each leaf takes of the vector; 0 for one that is not packed. Those that take the same are side by side, so
-        # that something is done to all of them at once.
+        # What each leaf takes of the vector; 0 for one that is not packed. Those that take the same are side by side,
+        # so that something is done to all of them at once.
         self._widths = [0 if apart else _width(leaf) for leaf in leaves.values()]
         self._order = sorted(range(len(leaves)), key=lambda place: -self._widths[place])
         self.paths = list(leaves)
