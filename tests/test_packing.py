@@ -1,5 +1,7 @@
 """Small leaves packed into one vector come back as they were, and are measured as one by one."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from learnax.step.optimizers import adam
 from learnax.step.packing import ROW, SMALL, Packing
+from learnax.utils import leaves_by_path
 from tests.helpers import assert_trees_equal
 
 SHAPES = {
@@ -36,8 +39,8 @@ def test_a_tree_comes_back_as_it_was():
     tree = make_tree()
     packing = Packing(tree)
     packed = packing.pack(tree)
-    rows = 1 + 1 + 1 + 2 + SMALL // ROW
-    assert [leaf.shape for leaf in packed] == [(rows * ROW,), (5,), (SMALL + 1,), (0, 3)]
+    rows, less = 2 + SMALL // ROW, 10 + 7 * 13 + 1  # a leaf is filled up to whole rows where it has one
+    assert [leaf.shape for leaf in packed] == [(rows * ROW + less,), (5,), (SMALL + 1,), (0, 3)]
     assert_same(packing.unpack(packed), tree)
 
 
@@ -45,17 +48,9 @@ def test_squares_are_those_of_each_leaf():
     tree = make_tree(1)
     packing = Packing(tree)
     squares = dict(zip(packing.paths, packing.squares(packing.pack(tree)).tolist(), strict=True))
-    assert list(squares) == [
-        "half",
-        "large/at the limit",
-        "large/kernel",
-        "small/bias",
-        "small/empty",
-        "small/kernel",
-        "small/scalar",
-        "small/whole rows",
-    ]
-    for path, leaf in zip(squares, jax.tree.leaves(tree), strict=True):
+    leaves = leaves_by_path(tree)
+    assert list(squares) == list(leaves)
+    for path, leaf in leaves.items():
         np.testing.assert_allclose(squares[path], np.sum(np.asarray(leaf, np.float64) ** 2), rtol=1e-5)
 
 
@@ -103,3 +98,22 @@ def test_leaves_that_stay_apart_have_the_same_norms():
     assert [leaf.shape for leaf in packed] == [(0,), *(tree[name].shape for name in sorted(shapes))]
     np.testing.assert_array_equal(apart.squares(packed), together.squares(together.pack(tree)))
     assert_trees_equal(apart.unpack(packed), tree)
+
+
+def test_what_is_unpacked_in_a_program_shares_its_code():
+    shapes = {f"{name}{place}": shape for place in range(20) for name, shape in {"a": (3,), "b": (7, 40)}.items()}
+    tree = {name: jnp.full(shape, place, jnp.float32) for place, (name, shape) in enumerate(shapes.items())}
+
+    def unpacked(packed, step):
+        return Packing(tree, step=step).unpack(packed)
+
+    packed = Packing(tree).pack(tree)
+    compiled = jax.jit(unpacked).lower(packed, jnp.int32(0)).compile()
+    assert_trees_equal(compiled(packed, jnp.int32(0)), tree)
+    assert_trees_equal(compiled(packed, jnp.int32(7)), tree)
+    if jax.default_backend() == "cpu":
+        # Where a slice begins is no constant in its code, which is then the same for all of a shape.
+        text = compiled.as_text()
+        slices = re.findall(r"dynamic-slice\(.*?, (%[\w.]+)\)", text)
+        assert len(slices) == 40
+        assert all(re.search(rf"{re.escape(start)} = s32\[\]\S* parameter", text) for start in slices)

@@ -24,7 +24,7 @@ from learnax.data import FirstDatum
 from learnax.engine.sharding import used_types
 from learnax.metrics import terms_of
 from learnax.models import BATCH_AXIS, MODES, Adapter, Model
-from learnax.step import AXIS, datum_loss, initial, is_weighted, share_loss, with_axis
+from learnax.step import AXIS, Init, datum_loss, initial, is_weighted, share_loss, with_axis
 from learnax.utils import PyTree, leaves_by_path
 
 T = TypeVar("T")
@@ -38,6 +38,7 @@ class Traced:
 
     Attributes:
         model: the model, with what was found out about it kept.
+        init: see `learnax.step.initial`.
         optimizer: the optimiser, as one of this model's parameters.
         asked: random streams that the model draws from in evaluation.
         metrics: their names.
@@ -49,6 +50,7 @@ class Traced:
     """
 
     model: Model
+    init: Init
     optimizer: Any
     asked: tuple[str, ...]
     metrics: tuple[str, ...]
@@ -101,6 +103,7 @@ class _Trace:
         self._settings = settings
         self._data = data
         self._rows = rows
+        self._init = initial(settings.adapter)
         self.around: list[str] = []
 
     def __call__(self) -> Traced:
@@ -122,7 +125,7 @@ class _Trace:
         model, key = self._settings.adapter, jax.random.key(self._settings.seed)
         first = self._data["train"].arguments
         made = model.made()
-        look = lambda: jax.eval_shape(functools.partial(initial, model), key, first)  # noqa: E731
+        look = lambda: jax.eval_shape(self._init, key, first)  # noqa: E731
         return jax.eval_shape(lambda: made) if made is not None else _model_fits("train", model, first, first, look)
 
     def _look(self) -> Traced:
@@ -133,7 +136,7 @@ class _Trace:
         if not settings.own_optimizer:
             optimizer = checked_optimizer(optimizer, params)
         model, first = settings.adapter, self._seen("train")
-        key, step = jax.random.key(settings.seed), jnp.zeros((), jnp.int32)
+        key, step = jax.random.key(settings.seed), np.int32(0)
         if model_state is not None and not model.batched:
             self._check_carried(model, params, model_state, key, first)
         asked: tuple[str, ...] = ()
@@ -156,7 +159,8 @@ class _Trace:
             by_datum &= not model.batched or all(map(self._is_by_datum, (shapes[1], *shapes[2].values())))
             primitives.update(_primitives(jaxpr.jaxpr))
         axes = AXIS in self.around
-        return Traced(model, optimizer, asked, tuple(names), axes, frozenset(primitives), weighted, by_datum, used)
+        names_of, found = tuple(names), frozenset(primitives)
+        return Traced(model, self._init, optimizer, asked, names_of, axes, found, weighted, by_datum, used)
 
     def _seen(self, split: str) -> list[Any]:
         """A split's first datum as the model sees it: a batched one, as a share of its like."""

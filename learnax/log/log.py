@@ -41,10 +41,10 @@ class NoProgressError(RuntimeError):
 
 def in_notebook() -> bool:
     """Whether this runs in a Jupyter kernel, and not in a terminal or a script."""
-    try:
-        from IPython import get_ipython
-    except ImportError:
+    if "IPython" not in sys.modules:  # a kernel has it; importing it for the question would take a start 0.1 s
         return False
+    from IPython import get_ipython
+
     shell = get_ipython()
     return shell is not None and shell.__class__.__name__ == "ZMQInteractiveShell"
 

@@ -40,7 +40,8 @@ class Draft:
     def __init__(self, settings: Settings, traced: checks.Traced, first: Mapping[str, FirstDatum], engine: Engine):
         self._settings, self._engine, self._first = settings, engine, first
         engine.mapped = traced.mapped
-        self.origin = Origin(settings, traced.model, traced.optimizer, first["train"].arguments, engine)
+        datum = first["train"].arguments
+        self.origin = Origin(settings, traced.model, traced.init, traced.optimizer, datum, engine)
         gather = self._divide(traced) if settings.shard_state else None
         self.plan = self._plan(traced)
         self.recipe = self._recipe(traced, gather)

@@ -17,7 +17,7 @@ from learnax.checks.settings import Settings
 from learnax.engine import SAME, Engine
 from learnax.log import Log
 from learnax.models import Model
-from learnax.step import fresh_state, hyperparams, key_pair, split, wide, with_axis, with_rate
+from learnax.step import Init, fresh_state, hyperparams, key_pair, split, wide, with_axis, with_rate
 from learnax.step.state import TrainState, as_train_state
 from learnax.utils import PyTree
 
@@ -45,14 +45,16 @@ class Origin:
     Args:
         settings: of the run.
         model: what is trained.
+        init: see `learnax.step.initial`.
         optimizer: the optax transformation.
         datum: the model's arguments for one datum.
         engine: lays it out.
     """
 
-    def __init__(self, settings: Settings, model: Model, optimizer: Any, datum: list[Any], engine: Engine):
+    def __init__(self, settings: Settings, model: Model, init: Init, optimizer: Any, datum: list[Any], engine: Engine):
         self._settings = settings
         self._model = model
+        self._init = init
         self._optimizer = optimizer
         self._datum = datum
         self._engine = engine
@@ -63,7 +65,7 @@ class Origin:
         averages = self._settings.ema is not None
 
         def fresh(key: jax.Array, datum: list[Any], made: Any) -> TrainState:
-            make = functools.partial(fresh_state, self._model, self._optimizer, averages, made, key, datum)
+            make = functools.partial(fresh_state, self._model, self._init, self._optimizer, averages, made, key, datum)
             return with_axis(make) if self._engine.mapped else make()
 
         # Where the state is divided, it is nowhere whole, not even at first.

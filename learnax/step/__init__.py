@@ -51,6 +51,7 @@ from learnax.step.recipe import wide as wide
 from learnax.step.recipe import with_axis as with_axis
 from learnax.step.scalars import NAN_DATA as NAN_DATA
 from learnax.step.scalars import Scalars as Scalars
+from learnax.step.start import Init as Init
 from learnax.step.start import fresh_state as fresh_state
 from learnax.step.start import initial as initial
 from learnax.step.start import key_pair as key_pair

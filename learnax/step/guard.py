@@ -18,7 +18,7 @@ from learnax.step.packing import SMALL, Packing
 from learnax.step.patterns import split
 from learnax.step.proofs import conditions_of
 from learnax.step.recipe import Recipe, wide
-from learnax.step.scalars import NAN_DATA
+from learnax.step.scalars import NAN_DATA, Names
 from learnax.step.scaling import adjusted, followed
 from learnax.step.state import TrainState
 from learnax.utils import PyTree
@@ -103,7 +103,7 @@ def apply(
         NAN_DATA: jnp.round(share.nan * (recipe.batch_size * recipe.accumulate)),
         **scaling,
         **({} if rate is None else {"learning_rate": rate}),
-        **{f"grads/{path}": own for path, own in zip(packing.paths, jnp.sqrt(squares), strict=True)},
+        Names(f"grads/{path}" for path in packing.paths): jnp.sqrt(squares),
         **{name: value for name, value in values.items() if not isinstance(name, str)},
     }
 

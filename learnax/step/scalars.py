@@ -13,6 +13,10 @@ NAN_DATA = "nan_data"
 """The metric that says of how many data the loss is NaN."""
 
 
+class Names(tuple[str, ...]):
+    """The names of a vector's numbers, under which it stands among scalars."""
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Scalars:
@@ -28,10 +32,13 @@ class Scalars:
 
     @classmethod
     def row(cls, scalars: Mapping[Any, jax.Array]) -> Scalars:
-        """One row, `values` of shape `(len(names),)`."""
+        """One row, `values` of shape `(len(names),)`; a vector among the scalars, under its `Names`, is behind them."""
         dtype = jnp.promote_types(jnp.float32, jax.dtypes.canonicalize_dtype(float))
-        values = jnp.stack([jnp.asarray(value).astype(dtype) for value in scalars.values()])
-        return cls(tuple(scalars), values)
+        vectors = {names: value for names, value in scalars.items() if isinstance(names, Names)}
+        alone = {name: value for name, value in scalars.items() if name not in vectors}
+        values = jnp.stack([jnp.asarray(value).astype(dtype) for value in alone.values()])
+        names = (*alone, *(name for each in vectors for name in each))
+        return cls(names, jnp.concatenate([values, *(value.astype(dtype) for value in vectors.values())]))
 
     def tree_flatten(self) -> tuple[tuple[Any], tuple[Any, ...]]:
         """The array, and the names as part of the structure."""

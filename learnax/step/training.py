@@ -16,7 +16,7 @@ from learnax.step.many import many
 from learnax.step.packing import Packing
 from learnax.step.patterns import split
 from learnax.step.recipe import Recipe, batch_of, keys_of, next_keys, sum_over_devices, wide
-from learnax.step.scalars import Scalars
+from learnax.step.scalars import Names, Scalars
 from learnax.step.scaling import followed, inner
 from learnax.step.state import TrainState
 from learnax.utils import PyTree
@@ -44,7 +44,10 @@ def update(
     recipe = recipe.of_one_batch()
     packing = Packing(split(recipe.optimizer, state.params)[0])
     state, scalars, outputs = _step(recipe, packing, True, state, lambda number: (keys_of(recipe, key), batch))
-    return state, {name: value for name, value in scalars.items() if isinstance(name, str)}, outputs
+    values = {name: value for name, value in scalars.items() if isinstance(name, str)}
+    norms = ((names, vector) for names, vector in scalars.items() if isinstance(names, Names))
+    values |= {name: norm for names, vector in norms for name, norm in zip(names, vector, strict=True)}
+    return state, values, outputs
 
 
 def train(
@@ -197,7 +200,9 @@ def train_many(
     # not. For a single step, packing costs more than it saves.
     apart = room == 1 and recipe.shards == 1 and not recipe.selects
     trained, _ = split(recipe.optimizer, state.params)
-    packing = Packing(trained, moments=recipe.trusted and room > 1, apart=apart)
+    # On other devices than a CPU, whose compilers do not gain, a branch is one that the host waits for.
+    step_before = None if recipe.selects else state.step
+    packing = Packing(trained, moments=recipe.trusted and room > 1, apart=apart, step=step_before)
     # A jitted function is traced once, for both uses below: its shapes, and the loop.
     step = jax.jit(functools.partial(train, recipe, packing, with_outputs), inline=True)
     seq, keys = next_keys(seq, count * recipe.accumulate, room * recipe.accumulate)
