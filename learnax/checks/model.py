@@ -40,6 +40,7 @@ class Traced(NamedTuple):
         asked: random streams that the model draws from in evaluation.
         metrics: their names.
         mapped: whether user code names the mapped axis `"devices"`.
+        batch_axis: whether it names the one over the data of a share, `"batch"`.
         primitives: names of the JAX primitives that it is made of.
         weighted: whether the loss has weights.
         by_datum: whether losses and metrics are given for each datum.
@@ -51,6 +52,7 @@ class Traced(NamedTuple):
     asked: tuple[str, ...]
     metrics: tuple[str, ...]
     mapped: bool
+    batch_axis: bool
     primitives: frozenset[str]
     weighted: bool
     by_datum: bool
@@ -151,9 +153,18 @@ class _Trace:
             weighted |= is_weighted(shapes[1])
             by_datum &= not model.batched or all(map(self._is_by_datum, (shapes[1], *shapes[2].values())))
             primitives.update(_primitives(jaxpr.jaxpr))
-        axes = AXIS in self.around
-        names_of, found = tuple(names), frozenset(primitives)
-        return Traced(model, self._init, optimizer, asked, names_of, axes, found, weighted, by_datum)
+        return Traced(
+            model,
+            self._init,
+            optimizer,
+            asked,
+            tuple(names),
+            AXIS in self.around,
+            BATCH_AXIS in self.around,
+            frozenset(primitives),
+            weighted,
+            by_datum,
+        )
 
     def _seen(self, split: str) -> list[Any]:
         """A split's first datum as the model sees it: a batched one, as a share of its like."""

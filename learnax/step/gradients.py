@@ -124,9 +124,10 @@ def batch_losses(
         return one(params, model_state, keys[0], batch, step)
     # What is carried on has no axis: it is the same whichever datum it comes from, or that is an error.
     axes = (None, None, 0, 0, None)
-    return jax.vmap(one, in_axes=axes, out_axes=(0, 0, 0, None), axis_name=BATCH_AXIS)(
-        params, model_state, keys, batch, step
-    )
+    # The axis has a name where somebody asks for it: without, the model needs not be traced anew inside of it.
+    name = BATCH_AXIS if recipe.batch_axis else None
+    mapped = jax.vmap(one, in_axes=axes, out_axes=(0, 0, 0, None), axis_name=name)
+    return mapped(params, model_state, keys, batch, step)
 
 
 def mean_loss(
