@@ -23,7 +23,7 @@ from learnax.data import FirstDatum
 from learnax.metrics import terms_of
 from learnax.models import BATCH_AXIS, MODES, Adapter, Model
 from learnax.step import AXIS, Init, datum_loss, initial, is_weighted, share_loss, with_axis
-from learnax.utils import PyTree, leaves_by_path
+from learnax.utils import PyTree, any_key, leaves_by_path
 
 T = TypeVar("T")
 
@@ -107,9 +107,8 @@ class _Trace:
         """Looks at all of it."""
         found: list[Traced] = []
 
-        def look() -> jax.Array:
+        def look() -> None:
             found.append(self._look())
-            return jnp.zeros(())
 
         traced: Callable[[], Any] = look
         for name in self.around:
@@ -119,10 +118,10 @@ class _Trace:
 
     def _fresh(self) -> tuple[PyTree, PyTree]:
         """The shapes of parameters and of what the model carries on."""
-        model, key = self._settings.adapter, jax.random.key(self._settings.seed)
+        model = self._settings.adapter
         first = self._data["train"].arguments
         made = model.made()
-        look = lambda: jax.eval_shape(self._init, key, first)  # noqa: E731
+        look = lambda: jax.eval_shape(self._init, any_key(), first)  # noqa: E731
         return jax.eval_shape(lambda: made) if made is not None else _model_fits("train", model, first, first, look)
 
     def _look(self) -> Traced:
@@ -133,7 +132,7 @@ class _Trace:
         if not settings.own_optimizer:
             optimizer = checked_optimizer(optimizer, params)
         model, first = settings.adapter, self._seen("train")
-        key, step = jax.random.key(settings.seed), np.int32(0)
+        key, step = any_key(), np.int32(0)
         if model_state is not None and not model.batched:
             self._check_carried(model, params, model_state, key, first)
         asked: tuple[str, ...] = ()
@@ -180,11 +179,11 @@ class _Trace:
         return all(number.shape == (self._rows,) for number in numbers)
 
     def _check_carried(
-        self, model: Model, params: PyTree, model_state: PyTree, key: jax.Array, datum: list[Any]
+        self, model: Model, params: PyTree, model_state: PyTree, key: jax.ShapeDtypeStruct, datum: list[Any]
     ) -> None:
         """Raises ValueError where what the model carries on differs between data, by name."""
         data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *jnp.shape(leaf)), jnp.result_type(leaf)), datum)
-        keys = jax.eval_shape(lambda: jax.random.split(key, 2))
+        keys = jax.eval_shape(lambda key: jax.random.split(key, 2), key)
 
         def after(params: PyTree, model_state: PyTree, keys: jax.Array, data: list[Any], chosen: int | None) -> Any:
             def one(key: jax.Array, datum: list[Any]) -> Any:
