@@ -25,7 +25,7 @@ from learnax.engine.sharding import used_types
 from learnax.metrics import terms_of
 from learnax.models import BATCH_AXIS, MODES, Adapter, Model
 from learnax.step import AXIS, Init, datum_loss, initial, is_weighted, share_loss, with_axis
-from learnax.utils import PyTree, leaves_by_path
+from learnax.utils import PyTree, any_key, leaves_by_path
 
 T = TypeVar("T")
 
@@ -43,6 +43,7 @@ class Traced:
         asked: random streams that the model draws from in evaluation.
         metrics: their names.
         mapped: whether user code names the mapped axis `"devices"`.
+        batch_axis: whether it names the one over the data of a share, `"batch"`.
         primitives: names of the JAX primitives that it is made of.
         weighted: whether the loss has weights.
         by_datum: whether losses and metrics are given for each datum.
@@ -55,6 +56,7 @@ class Traced:
     asked: tuple[str, ...]
     metrics: tuple[str, ...]
     mapped: bool
+    batch_axis: bool
     primitives: frozenset[str]
     weighted: bool
     by_datum: bool
@@ -110,9 +112,8 @@ class _Trace:
         """Looks at all of it."""
         found: list[Traced] = []
 
-        def look() -> jax.Array:
+        def look() -> None:
             found.append(self._look())
-            return jnp.zeros(())
 
         traced: Callable[[], Any] = look
         for name in self.around:
@@ -122,10 +123,10 @@ class _Trace:
 
     def _fresh(self) -> tuple[PyTree, PyTree]:
         """The shapes of parameters and of what the model carries on."""
-        model, key = self._settings.adapter, jax.random.key(self._settings.seed)
+        model = self._settings.adapter
         first = self._data["train"].arguments
         made = model.made()
-        look = lambda: jax.eval_shape(self._init, key, first)  # noqa: E731
+        look = lambda: jax.eval_shape(self._init, any_key(), first)  # noqa: E731
         return jax.eval_shape(lambda: made) if made is not None else _model_fits("train", model, first, first, look)
 
     def _look(self) -> Traced:
@@ -136,7 +137,7 @@ class _Trace:
         if not settings.own_optimizer:
             optimizer = checked_optimizer(optimizer, params)
         model, first = settings.adapter, self._seen("train")
-        key, step = jax.random.key(settings.seed), np.int32(0)
+        key, step = any_key(), np.int32(0)
         if model_state is not None and not model.batched:
             self._check_carried(model, params, model_state, key, first)
         asked: tuple[str, ...] = ()
@@ -158,9 +159,19 @@ class _Trace:
             weighted |= is_weighted(shapes[1])
             by_datum &= not model.batched or all(map(self._is_by_datum, (shapes[1], *shapes[2].values())))
             primitives.update(_primitives(jaxpr.jaxpr))
-        axes = AXIS in self.around
-        names_of, found = tuple(names), frozenset(primitives)
-        return Traced(model, self._init, optimizer, asked, names_of, axes, found, weighted, by_datum, used)
+        return Traced(
+            model,
+            self._init,
+            optimizer,
+            asked,
+            tuple(names),
+            AXIS in self.around,
+            BATCH_AXIS in self.around,
+            frozenset(primitives),
+            weighted,
+            by_datum,
+            used,
+        )
 
     def _seen(self, split: str) -> list[Any]:
         """A split's first datum as the model sees it: a batched one, as a share of its like."""
@@ -176,11 +187,11 @@ class _Trace:
         return all(number.shape == (self._rows,) for number in numbers)
 
     def _check_carried(
-        self, model: Model, params: PyTree, model_state: PyTree, key: jax.Array, datum: list[Any]
+        self, model: Model, params: PyTree, model_state: PyTree, key: jax.ShapeDtypeStruct, datum: list[Any]
     ) -> None:
         """Raises ValueError where what the model carries on differs between data, by name."""
         data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *jnp.shape(leaf)), jnp.result_type(leaf)), datum)
-        keys = jax.eval_shape(lambda: jax.random.split(key, 2))
+        keys = jax.eval_shape(lambda key: jax.random.split(key, 2), key)
 
         def after(params: PyTree, model_state: PyTree, keys: jax.Array, data: list[Any], chosen: int | None) -> Any:
             def one(key: jax.Array, datum: list[Any]) -> Any:

@@ -12,7 +12,7 @@ import jax
 from flax.errors import ModifyScopeVariableError
 
 from learnax.models.model import Adapter, Model, carried
-from learnax.models.streams import asked_streams, initialised, lifted_streams, rngs_of
+from learnax.models.streams import Apply, asked_streams, initialised, lifted_streams, rngs_of
 from learnax.utils import PyTree
 
 
@@ -50,6 +50,7 @@ class Linen(Adapter):
             raise TypeError(f"Linen takes a flax linen module, but was given {module!r:.80}")
         self.module = module
         self.streams = None if streams is None else tuple(streams)
+        self._once: dict[bool, Apply[Any]] = {}
 
     @property
     def called(self) -> Callable[..., Any]:
@@ -66,13 +67,12 @@ class Linen(Adapter):
     def _call(
         self, params: PyTree, model_state: PyTree, key: jax.Array, *arguments: Any, training: bool
     ) -> tuple[Any, PyTree]:
+        apply = self._once.get(training) or functools.partial(self._applied, training)
         streams = self.streams
         if streams is None:
-            asked = asked_streams(functools.partial(self._applied, training), (params, model_state, arguments))[0]
-            streams = lifted_streams(
-                functools.partial(self._applied, training), (params, model_state, arguments), asked
-            )
-        return self._applied(training, (params, model_state, arguments), rngs_of(key, streams))
+            asked = asked_streams(apply, (params, model_state, arguments))[0]
+            streams = lifted_streams(apply, (params, model_state, arguments), asked)
+        return apply((params, model_state, arguments), rngs_of(key, streams))
 
     def _applied(self, training: bool, given: PyTree, rngs: dict[str, jax.Array]) -> tuple[Any, PyTree]:
         params, model_state, arguments = given
@@ -98,12 +98,14 @@ class Linen(Adapter):
         modes = (True, False) if self.train != self.eval or model_state is not None else (True,)
         asked, outputs = {}, {}
         streams: tuple[str, ...] = self.streams or ()
+        known = copy.copy(self)
+        # A jitted function is traced once for arguments of the same shapes: here, and not again for a step.
+        known._once = {mode: jax.jit(functools.partial(self._applied, mode), inline=True) for mode in (True, False)}
         for training in modes:
-            apply = functools.partial(self._applied, training)
+            apply = known._once[training]
             asked[training], (outputs[training], _) = asked_streams(apply, given)
             if self.streams is None:
                 own = lifted_streams(apply, given, asked[training])
                 streams = (*streams, *(name for name in own if name not in streams))
-        known = copy.copy(self)
         known.streams = streams
         return known, asked[modes[-1]], outputs[True]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from learnax.utils import PyTree
+from learnax.utils import PyTree, any_key
 
 HALF = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
 """What `precision` names."""
@@ -63,7 +63,7 @@ class Model(abc.ABC):
         outputs = []
         for training in (False, True):
             apply = functools.partial(self.apply, training=training)
-            outputs.append(jax.eval_shape(apply, params, model_state, jax.random.key(0), *arguments)[0])
+            outputs.append(jax.eval_shape(apply, params, model_state, any_key(), *arguments)[0])
         return self, (), outputs[-1]
 
     def sync(self, params: PyTree, model_state: PyTree) -> None:

@@ -15,7 +15,7 @@ from flax.core import Scope
 from flax.errors import InvalidRngError
 from jax.extend.core import Literal
 
-from learnax.utils import PyTree
+from learnax.utils import PyTree, any_key
 
 T = TypeVar("T")
 Rngs = dict[str, jax.Array]
@@ -49,7 +49,7 @@ def asked_streams(apply: Apply[Any], given: PyTree) -> tuple[tuple[str, ...], Py
     Raises:
         Exception: what the module raises.
     """
-    key = jax.random.key(0)
+    key = any_key()
     with _recording() as asked:
         output, _ = _with_streams(lambda streams: jax.eval_shape(_keyed(apply, ("params", *streams)), given, key))
     return tuple(asked), output
@@ -105,7 +105,7 @@ def _keyed(apply: Apply[T], streams: tuple[str, ...]) -> Callable[[PyTree, jax.A
 
 def _splits(apply: Apply[Any], given: PyTree, streams: tuple[str, ...]) -> int:
     """How often a key is split, or a number that is not constant is folded into one: what a lift does for a stream."""
-    return _count(jax.make_jaxpr(_keyed(apply, streams))(given, jax.random.key(0)).jaxpr)
+    return _count(jax.make_jaxpr(_keyed(apply, streams))(given, any_key()).jaxpr)
 
 
 def _count(jaxpr: Any) -> int:

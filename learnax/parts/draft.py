@@ -108,6 +108,7 @@ class Draft:
             selects=self.plan.selects,
             weighted=traced.weighted,
             by_datum=traced.by_datum,
+            batch_axis=traced.batch_axis,
             ema=settings.ema,
             gather=gather,
         )

@@ -59,19 +59,27 @@ class Origin:
         self._datum = datum
         self._engine = engine
 
-    def state(self) -> TrainState:
-        """A fresh state, on the devices."""
+    def begin(self) -> tuple[TrainState, jax.Array]:
+        """A fresh state, on the devices, and the random sequence of the run."""
 
         averages = self._settings.ema is not None
 
-        def fresh(key: jax.Array, datum: list[Any], made: Any) -> TrainState:
+        # One program, as each takes a start its time; and of the seed, to serve another one, too.
+        def fresh(seed: Any, datum: list[Any], made: Any) -> tuple[TrainState, jax.Array]:
+            seq, key = key_pair(seed)
             make = functools.partial(fresh_state, self._model, self._init, self._optimizer, averages, made, key, datum)
-            return with_axis(make) if self._engine.mapped else make()
+            return (with_axis(make) if self._engine.mapped else make()), seq
 
         # Where the state is divided, it is nowhere whole, not even at first.
-        layout = None if self._engine.layout == SAME else self._engine.shardings(self._engine.layout)
-        key = key_pair(self._settings.seed)[1]
-        return jax.jit(fresh, out_shardings=layout)(key, self._datum, self._model.made())
+        layout = None if self._engine.layout == SAME else self._engine.shardings((self._engine.layout, SAME))
+        begun: tuple[TrainState, jax.Array] = jax.jit(fresh, out_shardings=layout)(
+            np.uint32(self._settings.seed), self._datum, self._model.made()
+        )
+        return begun
+
+    def state(self) -> TrainState:
+        """A fresh state, on the devices."""
+        return self.begin()[0]
 
     def shapes(self) -> TrainState:
         """Its shapes, and how it lies where it is divided."""
@@ -101,7 +109,6 @@ class Progress:
         checkpointer: has what a run goes on from; or None.
 
     Attributes:
-        seq: the random sequence.
         position: the place in the data.
         places: where the state's arrays lie, until the first dispatch on it has shown which it updates in place.
     """
@@ -113,7 +120,7 @@ class Progress:
         self._log = log
         self._checkpointer = checkpointer
         self._state: TrainState | None = None
-        self.seq = engine.put(key_pair(settings.seed)[0], SAME)
+        self._seq: jax.Array | None = None
         self.position = Position()
         self.places: dict[str, list[int]] = {}
 
@@ -128,6 +135,17 @@ class Progress:
         given = as_train_state(given)
         self._state = self._engine.own(given._replace(step=np.int32(given.step)), self._engine.layout)
         self.places = self._engine.places(self._state)
+
+    @property
+    def seq(self) -> jax.Array:
+        """The random sequence."""
+        if self._seq is None:
+            self._seq = self._engine.put(key_pair(self._settings.seed)[0], SAME)
+        return self._seq
+
+    @seq.setter
+    def seq(self, seq: jax.Array) -> None:
+        self._seq = seq
 
     def advance(self, state: TrainState, seq: jax.Array, batches: int) -> None:
         """Takes over what a dispatch has made of the state, from so many batches."""
@@ -168,7 +186,8 @@ class Progress:
             self._log.step = int(as_train_state(state).step)
             self.begin_epoch(0)
         if self._state is None and not self._load():
-            self.state = self._origin.state()
+            self.state, seq = self._origin.begin()
+            self.seq = self._engine.put(seq, SAME)
 
     def resume_point(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state, for a run to go on as if it had not stopped."""

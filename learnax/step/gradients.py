@@ -123,7 +123,9 @@ def batch_losses(
     else:
         # What is carried on has no axis: it is the same whichever datum it comes from, or that is an error.
         axes = (None, None, 0, 0, None)
-        losses = jax.vmap(one, in_axes=axes, out_axes=(0, 0, 0, None), axis_name=BATCH_AXIS)
+        # The axis has a name where somebody asks for it: without, the model needs not be traced anew inside of it.
+        name = BATCH_AXIS if recipe.batch_axis else None
+        losses = jax.vmap(one, in_axes=axes, out_axes=(0, 0, 0, None), axis_name=name)
     if recipe.gather is not None:
         losses = recipe.gather(losses)
     return losses(params, model_state, keys, batch, step)

@@ -41,6 +41,7 @@ class Recipe:
         selects: whether the guard selects between two states, or makes the update in a loop of one trip or none.
         weighted: whether the loss has weights of its own, see `learnax.metrics.Mean`.
         by_datum: whether losses and metrics are given for each datum, so that padding can be left out of them.
+        batch_axis: whether user code names the mapped axis over the data of a share.
         ema: the decay of the parameters' average, a number or a schedule; None where there is none.
         gather: makes a function of whole parameters one of those that the state has; None where it has them whole.
     """
@@ -59,6 +60,7 @@ class Recipe:
     selects: bool = False
     weighted: bool = False
     by_datum: bool = True
+    batch_axis: bool = True
     ema: float | Callable[[Any], Any] | None = None
     gather: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from learnax.models import Model
 from learnax.step.patterns import split
@@ -19,13 +18,8 @@ from learnax.utils import PyTree, is_key
 Init = Callable[[jax.Array, list[Any]], tuple[PyTree, PyTree]]
 
 
-def key_pair(seed: int) -> tuple[jax.Array, jax.Array]:
+def key_pair(seed: Any) -> tuple[jax.Array, jax.Array]:
     """The random sequence of a run, and the key that its parameters are drawn from."""
-    return _key_pair(np.uint32(seed))
-
-
-@jax.jit
-def _key_pair(seed: Any) -> tuple[jax.Array, jax.Array]:
     seq, init = jax.random.split(jax.random.key(seed))
     return seq, jax.random.split(init)[0]
 

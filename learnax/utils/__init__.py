@@ -10,6 +10,9 @@ from learnax.utils.trees import (
     Rows as Rows,
 )
 from learnax.utils.trees import (
+    any_key as any_key,
+)
+from learnax.utils.trees import (
     describe as describe,
 )
 from learnax.utils.trees import (

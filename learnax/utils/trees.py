@@ -257,6 +257,12 @@ def is_key(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def any_key() -> jax.ShapeDtypeStruct:
+    """What stands for a random key where a function is traced: to make one takes a program of its own."""
+    key: jax.ShapeDtypeStruct = jax.eval_shape(lambda: jax.random.key(0))
+    return key
+
+
 def key_data(leaf: Any) -> Any:
     """The numbers of an array of typed random keys; any other leaf as it is."""
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
