@@ -44,9 +44,11 @@ def test_a_tree_comes_back_as_it_was():
     assert_same(packing.unpack(packed), tree)
 
 
-def test_squares_are_those_of_each_leaf():
+@pytest.mark.parametrize("aligned", [False, True])
+def test_squares_are_those_of_each_leaf(aligned):
     tree = make_tree(1)
-    packing = Packing(tree)
+    packing = Packing(tree, aligned=aligned)
+    assert_same(packing.unpack(packing.pack(tree)), tree)
     squares = dict(zip(packing.paths, packing.squares(packing.pack(tree)).tolist(), strict=True))
     leaves = leaves_by_path(tree)
     assert list(squares) == list(leaves)
@@ -54,13 +56,30 @@ def test_squares_are_those_of_each_leaf():
         np.testing.assert_allclose(squares[path], np.sum(np.asarray(leaf, np.float64) ** 2), rtol=1e-5)
 
 
+@pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_in_one_leaf_is_in_no_other(bad):
+def test_what_is_not_finite_in_one_leaf_is_in_no_other(bad, aligned):
     tree = make_tree(2)
     tree["small"]["kernel"] = tree["small"]["kernel"].at[3, 4].set(bad)
-    packing = Packing(tree)
+    packing = Packing(tree, aligned=aligned)
     finite = dict(zip(packing.paths, np.isfinite(packing.squares(packing.pack(tree))), strict=True))
     assert [path for path in finite if not finite[path]] == ["small/kernel"]
+    squares, all_finite = packing.squares_and_finite(packing.pack(tree))
+    np.testing.assert_array_equal(squares, packing.squares(packing.pack(tree)))
+    assert not all_finite
+
+
+@pytest.mark.parametrize("place", [("small", "kernel"), ("large", "kernel"), ("half",)])
+def test_a_square_that_overflows_is_of_a_finite_number(place):
+    tree = make_tree(4)
+    branch = tree
+    for name in place[:-1]:
+        branch = branch[name]
+    branch[place[-1]] = branch[place[-1]].at[(0,) * branch[place[-1]].ndim].set(1e30)
+    packing = Packing(tree, aligned=True)
+    squares, finite = packing.squares_and_finite(packing.pack(tree))
+    assert finite
+    assert [path for path, square in zip(packing.paths, squares, strict=True) if np.isinf(square)] == ["/".join(place)]
 
 
 def test_adam_on_packed_moments_is_adam():

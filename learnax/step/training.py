@@ -202,7 +202,9 @@ def train_many(
     trained, _ = split(recipe.optimizer, state.params)
     # On other devices than a CPU, whose compilers do not gain, a branch is one that the host waits for.
     step_before = None if recipe.selects else state.step
-    packing = Packing(trained, moments=recipe.trusted and room > 1, apart=apart, step=step_before)
+    packing = Packing(
+        trained, moments=recipe.trusted and room > 1, apart=apart, step=step_before, aligned=recipe.selects
+    )
     # A jitted function is traced once, for both uses below: its shapes, and the loop.
     step = jax.jit(functools.partial(train, recipe, packing, with_outputs), inline=True)
     seq, keys = next_keys(seq, count * recipe.accumulate, room * recipe.accumulate)
