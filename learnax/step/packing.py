@@ -119,9 +119,9 @@ class Packing:
 
     def squares_and_finite(self, packed: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """`squares`, and whether all is finite, where a sum may not be; both by one pass over the memory."""
-        sums, most = self._reduced(packed, lambda leaf: (_squared(leaf), jnp.abs(leaf)), (jnp.add, jnp.maximum))
+        sums, most = self._reduced(packed, _square_and_size, (jnp.add, jnp.maximum))
         finite = functools.reduce(jnp.logical_and, [jnp.isfinite(each).all() for each in most], jnp.asarray(True))
-        return self._in_order(sums), finite
+        return self._in_order([each.astype(jnp.float32) for each in sums]), finite
 
     def _reduced(
         self, packed: list[jax.Array], parts: Callable[[jax.Array], tuple[jax.Array, ...]], each: tuple[Any, ...]
@@ -182,6 +182,13 @@ class Packing:
 
 def _squared(leaf: jax.Array) -> jax.Array:
     return jnp.square(jnp.abs(leaf).astype(jnp.float32))
+
+
+def _square_and_size(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Of one type, float32 at least, as one reduction takes both.
+    size = jnp.abs(leaf)
+    size = size if size.dtype == jnp.float64 else size.astype(jnp.float32)
+    return jnp.square(size), size
 
 
 def _width(leaf: Any, *, aligned: bool) -> int:
