@@ -18,13 +18,15 @@ from bench.chart import draw
 from bench.machine import describe_machine
 from bench.opponents import OPPONENTS
 from bench.results import Results
-from bench.workloads import SIZES, makers
+from bench.workloads import OPTIMIZERS, SIZES, makers
 
 ROUNDS = {
     "mlp-128": 15,
     "nnx-mlp": 15,
     "equinox-mlp": 15,
+    "adamw-128": 15,
     "mlp-2048": 9,
+    "adamw-2048": 9,
     "digits": 9,
     "resnet": 9,
     "gpt": 7,
@@ -34,11 +36,16 @@ ROUNDS = {
 """Turns by default: more where a round is short."""
 
 
+OTHERS = {f"{name}-{width}": 9 for name in OPTIMIZERS for width in (128, 2048) if name != "adamw"}
+"""Turns of what is measured where it is asked for: further optimisers."""
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    names = [*ROUNDS, "nested"]
-    parser.add_argument("--workloads", nargs="+", choices=names, default=list(ROUNDS), help="what is trained")
+    parser.add_argument(
+        "--workloads", nargs="+", choices=[*ROUNDS, *OTHERS, "nested"], default=list(ROUNDS), help="what is trained"
+    )
     parser.add_argument("--opponents", nargs="*", choices=list(OPPONENTS), default=list(OPPONENTS), help="by whom else")
     parser.add_argument("--rounds", type=int, help="turns of each; by default 5 to 15, more where a round is short")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for bench.json and bench.png")
@@ -51,14 +58,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures what is asked for, and writes it."""
     args = parse(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    chosen = [name for name in ROUNDS if name in args.workloads or name.split("-")[0] in args.workloads]
+    turns = {**ROUNDS, **OTHERS}
+    asked = [*args.workloads, *(("nested-0", "nested-2") if "nested" in args.workloads else ())]
+    chosen = [name for name in turns if name in asked]
     settings = {"workloads": chosen, "opponents": args.opponents, "scale": args.scale, "quick": args.quick}
     results = Results(describe_machine(), settings)
     began = time.perf_counter()
     # Progress bars cost what they cost, but are not looked at here; what a library says is kept with the results.
     with open(args.out / "bench.log", "w") as log, contextlib.redirect_stderr(log):
         for name in chosen:
-            rounds = args.rounds or (2 if args.quick else ROUNDS[name])
+            rounds = args.rounds or (2 if args.quick else turns[name])
             say(f"{name}: {rounds} rounds")
             workload = makers(args.scale, args.quick)[name]()
             measure.throughput(results, workload, args.opponents, rounds, calls=20 if args.quick else 100)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from learnax.step.proofs import conditions_of
@@ -19,40 +20,88 @@ KNOWN = {
     "rmsprop": optax.rmsprop(1e-2),
     "a chain": optax.chain(optax.clip_by_global_norm(1.0), optax.clip(0.5), optax.adamw(SCHEDULE)),
 }
+MODERATE = {
+    "adafactor": optax.adafactor(1e-2),
+    "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
+    "muon": optax.contrib.muon(1e-2),
+    "amsgrad": optax.amsgrad(1e-2),
+    "adamax": optax.adamax(1e-2),
+    "adan": optax.adan(1e-2),
+    "nadamw": optax.nadamw(1e-2),
+    "radam": optax.radam(1e-2),
+    "adagrad": optax.adagrad(1e-2),
+    "adabelief": optax.adabelief(1e-2),
+    "novograd": optax.novograd(1e-2),
+    "lamb": optax.lamb(1e-2),
+    "lars": optax.lars(1e-2),
+    "fromage": optax.sign_sgd(1e-2),
+    "parts": optax.partition({"w": optax.adamw(1e-2), "b": optax.sgd(1e-2)}, {"w": "w", "b": "b"}),
+}
+"""Known behind a clip that is not extreme."""
+KNOWN_NOT = optax.stateless(lambda updates, params: updates)
 UNKNOWN = {
     "no eps": optax.adam(1e-2, eps=0.0),
     "a decay that is 1 in float32": optax.adam(1e-2, b2=0.999999999),
     "halves": optax.adam(1e-2, mu_dtype=jnp.bfloat16),
     "momentum that grows": optax.sgd(1e-2, momentum=1.0),
     "a rate that is none": optax.sgd(float("nan")),
-    "adafactor": optax.adafactor(1e-2),
-    "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
     "a part of ones own": optax.chain(optax.stateless(lambda updates, params: updates), optax.adam(1e-2)),
-    "muon": optax.contrib.muon(1e-2),
+    "an inner part of ones own": optax.inject_hyperparams(lambda learning_rate: KNOWN_NOT)(learning_rate=1e-2),
 }
 PARAMS = {"w": np.ones((3, 2), np.float32), "b": np.zeros(2, np.float32)}
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_a_known_optimizer_makes_finite_updates_of_any_finite_gradients(name):
-    tx = KNOWN[name]
+def clipped(grads, most):
+    norm = float(np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in grads.values())))
+    return {name: (leaf * min(1, most / max(norm, 1e-300))).astype(np.float32) for name, leaf in grads.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        *((name, 1e18) for name in KNOWN),
+        *((name, 1.0) for name in MODERATE),
+        *(pytest.param(name, 100.0, marks=pytest.mark.thorough) for name in MODERATE),
+    ],
+)
+def test_a_known_optimizer_makes_finite_updates_of_any_finite_gradients(name, most):
+    tx = {**KNOWN, **MODERATE}[name]
     state = tx.init(PARAMS)
-    assert conditions_of(tx, state) is not None
     rng = np.random.default_rng()
-    params = PARAMS
-    for _ in range(200):  # of all sizes up to what a clip of 1e18 lets through, zeros among them
-        sizes = 10.0 ** rng.uniform(-45, 17, 8) * rng.integers(0, 2, 8) * rng.choice([-1, 1], 8)
-        grads = {"w": sizes[:6].reshape(3, 2).astype(np.float32), "b": sizes[6:].astype(np.float32)}
+    params, held = PARAMS, 0
+    for _ in range(60):  # of all sizes up to what the clip lets through, zeros among them
+        sizes = 10.0 ** rng.uniform(-45, np.log10(most) + 1, 8) * rng.integers(0, 2, 8) * rng.choice([-1, 1], 8)
+        grads = clipped({"w": sizes[:6].reshape(3, 2), "b": sizes[6:]}, most)
+        conditions = conditions_of(tx, state, params, most)
+        assert conditions is not None
+        holds = all(map(bool, [*conditions.needed, *conditions.enough]))
         with jax.numpy_dtype_promotion("standard"):
             updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
+        held += holds
+        if not holds:  # it would be looked at
+            state, params = tx.init(PARAMS), PARAMS
+            continue
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)))
+    assert held > 30
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_of_another_one_nothing_is_known(name):
     tx = UNKNOWN[name]
-    assert conditions_of(tx, tx.init(PARAMS)) is None
+    assert conditions_of(tx, tx.init(PARAMS), PARAMS, 1.0) is None
+
+
+def test_a_setting_that_is_injected_is_looked_at_when_the_update_is_made():
+    tx = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2)
+    state = tx.init(PARAMS)
+    for name, value, which in (("learning_rate", np.nan, "needed"), ("eps", 0.0, "enough"), ("b2", 1.0, "enough")):
+        broken = state._replace(hyperparams={**state.hyperparams, name: jnp.float32(value)})
+        conditions = conditions_of(tx, broken, PARAMS, 1.0)
+        assert not all(map(bool, getattr(conditions, which))), name
+    assert all(
+        map(bool, [*conditions_of(tx, state, PARAMS, 1.0).needed, *conditions_of(tx, state, PARAMS, 1.0).enough])
+    )
 
 
 def make_trained(tx):

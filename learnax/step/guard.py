@@ -16,7 +16,7 @@ from learnax.step.gradients import Share
 from learnax.step.optimizers import asked_update, functions_of, last_rate, next_rate
 from learnax.step.packing import SMALL, Packing
 from learnax.step.patterns import split
-from learnax.step.proofs import conditions_of
+from learnax.step.proofs import Conditions, conditions_of
 from learnax.step.recipe import Recipe, wide
 from learnax.step.scalars import NAN_DATA, Names
 from learnax.step.scaling import adjusted, followed
@@ -65,31 +65,18 @@ def apply(
         norm = jnp.sqrt(squares.sum())
         sound = _sound(share.grads, norm)
     values = finished(share.parts)
-    exact = all(map(_is_trusted, jax.tree.leaves(state.params)))
-    known = conditions_of(recipe.optimizer, state.opt_state) if recipe.safe and exact and not recipe.trusted else None
-    extra = {} if recipe.trusted or known is not None else _extra(packing, share, values["loss"], loss_at)
+    now = _own_rate(recipe, state)
+    known = _conditions(recipe, state, now)
+    extra = _extra(packing, share, values["loss"], loss_at) if known is None else {}
     after = followed(recipe, state.model_state, share.model_state)
     step = _Step(recipe, packing, share.grads, norm, after, extra)
     overflow = ~sound & (state.model_state.scale > 1) if recipe.model.scaled else None
     if after is not None:
-        sound &= _stays_finite(state.model_state, after)
+        sound &= _as_finite(state.model_state, after)
+    sound &= _finite_update(step, state, known)
     before = state.step
-    if recipe.trusted and exact:
-        assert recipe.learning_rate is not None  # Adam was made from it
-        rate: jax.Array | None = (now := next_rate(recipe.learning_rate, state))
-        sound &= jnp.isfinite(now)
-        state = _guarded(step, state, sound)
-    else:
-        if known is not None:
-            sound = functools.reduce(jnp.logical_and, known, sound)
-        else:
-            # Updates are computed here only to look for NaN, and again where they are made: on a CPU that is cheaper
-            # than memory for a second state. Where the guard selects, the compiler sees that both are the same.
-            updates, _ = _updates(step, state)
-            trained, _ = split(recipe.optimizer, state.params)
-            sound &= _all_finite(updates) & _stay_finite(trained, updates)
-        state = _guarded(step, state, sound)
-        rate = last_rate(recipe.learning_rate, state, before)
+    state = _guarded(step, state, sound)
+    rate = last_rate(recipe.learning_rate, state, before) if now is None else now
     scaling: dict[str, jax.Array] = {}
     if overflow is not None:
         scaling = {"overflow": overflow, "loss_scale": state.model_state.scale}
@@ -115,12 +102,50 @@ def _extra(
     return {"value": loss, "grad": packing.unpack(share.grads), **functions_of(loss_at())}
 
 
-def _is_trusted(leaf: jax.Array) -> bool:
-    """Whether Adam's arithmetic for such a parameter overflows nowhere where its gradient is finite."""
-    return leaf.dtype in (jnp.float32, jnp.float64)
+def _own_rate(recipe: Recipe, state: TrainState) -> jax.Array | None:
+    """The rate that the default optimiser is about to use; None for another one."""
+    if not (recipe.trusted and _is_exact(state.params)):
+        return None
+    assert recipe.learning_rate is not None  # Adam was made from it
+    return next_rate(recipe.learning_rate, state)
 
 
-def _stay_finite(params: PyTree, updates: PyTree) -> jax.Array:
+def _conditions(recipe: Recipe, state: TrainState, own_rate: jax.Array | None) -> Conditions | None:
+    """What has to hold for a finite update of finite gradients; None where nobody knows."""
+    if own_rate is not None:
+        return Conditions(needed=[jnp.isfinite(own_rate)])
+    if recipe.trusted or not recipe.safe or not _is_exact(state.params):
+        return None
+    trained, _ = split(recipe.optimizer, state.params)
+    return conditions_of(recipe.optimizer, state.opt_state, trained, recipe.max_grad)
+
+
+def _is_exact(params: PyTree) -> bool:
+    """Whether an optimiser's arithmetic for such parameters overflows nowhere where gradients are finite."""
+    return all(leaf.dtype in (jnp.float32, jnp.float64) for leaf in jax.tree.leaves(params))
+
+
+def _finite_update(step: _Step, state: TrainState, known: Conditions | None) -> jax.Array:
+    """Whether an update from finite gradients is finite, and leaves the parameters so."""
+
+    def looked_at() -> jax.Array:
+        # Updates are computed here only to look for NaN, and again where they are made: on a CPU that is cheaper than
+        # memory for a second state. Where the guard selects, the compiler sees that both are the same.
+        updates, _ = _updates(step, state)
+        trained, _ = split(step.recipe.optimizer, state.params)
+        return _all_finite(updates) & _not_overflown(trained, updates)
+
+    if known is None:
+        return looked_at()
+    needed = _all(known.needed)
+    if not known.enough:
+        return needed
+    if step.recipe.selects:
+        return needed & (_all(known.enough) | looked_at())
+    return needed & jax.lax.cond(_all(known.enough), lambda: jnp.asarray(True), looked_at)
+
+
+def _not_overflown(params: PyTree, updates: PyTree) -> jax.Array:
     """Whether parameters that are finite stay so, where their type overflows at numbers that training may come to."""
 
     def stays(leaf: jax.Array, after: jax.Array) -> jax.Array:
@@ -128,8 +153,7 @@ def _stay_finite(params: PyTree, updates: PyTree) -> jax.Array:
             return jnp.asarray(True)
         return (jnp.isfinite(after) | ~jnp.isfinite(leaf)).all()
 
-    kept = jax.tree.map(stays, params, _applied(params, updates))
-    return functools.reduce(jnp.logical_and, jax.tree.leaves(kept), jnp.asarray(True))
+    return _all(jax.tree.leaves(jax.tree.map(stays, params, _applied(params, updates))))
 
 
 def _applied(params: PyTree, updates: PyTree) -> PyTree:
@@ -148,7 +172,11 @@ def _sound(grads: PyTree, norm: jax.Array) -> jax.Array:
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
-    return functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)], jnp.asarray(True))
+    return _all([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])
+
+
+def _all(conditions: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.logical_and, conditions, jnp.asarray(True))
 
 
 def _updates(step: _Step, state: TrainState) -> tuple[PyTree, Any]:
@@ -208,15 +236,15 @@ def averaged(recipe: Recipe, old: TrainState, params: PyTree) -> PyTree:
     return jax.tree.map(one, old.ema, params)
 
 
-def _stays_finite(before: PyTree, after: PyTree) -> jax.Array:
+def _as_finite(before: PyTree, after: PyTree) -> jax.Array:
     """Whether what a model carries on is as finite as it was."""
-    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    floats = [(old, new) for old, new in pairs if jnp.issubdtype(old.dtype, jnp.inexact)]
-    # Small ones side by side: an operation on each costs more than what it does.
-    small = [pair for pair in floats if pair[0].size <= SMALL and pair[0].dtype == jnp.float32]
-    large = [pair for pair in floats if not any(pair is one for one in small)]
-    if small:
-        old, new = (jnp.concatenate([leaf.reshape(-1) for leaf in side]) for side in zip(*small, strict=True))
-        large.append((old, new))
-    kept = [(jnp.isfinite(new) | ~jnp.isfinite(old)).all() for old, new in large]
-    return functools.reduce(jnp.logical_and, kept, jnp.asarray(True))
+    small: list[tuple[jax.Array, jax.Array]] = []
+    large: list[tuple[jax.Array, jax.Array]] = []
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if jnp.issubdtype(old.dtype, jnp.inexact):
+            (small if old.size <= SMALL and old.dtype == jnp.float32 else large).append((old, new))
+    if small:  # side by side: an operation on each costs more than what it does
+        sides = zip(*small, strict=True)
+        before, after = (jnp.concatenate([leaf.reshape(-1) for leaf in side]) for side in sides)
+        large.append((before, after))
+    return _all([(jnp.isfinite(new) | ~jnp.isfinite(old)).all() for old, new in large])
