@@ -44,6 +44,7 @@ MEASURES = {
     "unknown loops": "n",
     "branches": "n",
     "copies of state": "n",
+    "state": "B",
     "temporary": "B",
     "moved": "B",
 }
@@ -75,7 +76,7 @@ def learnax(workload: Workload, target: str, **extra: Any) -> dict[str, float]:
         **extra,
     )
     program = trainer.preflight(target=target).programs["train"]
-    return _values(program.counts, program.temporary_bytes)
+    return _values(program.counts, program.state_bytes, program.temporary_bytes)
 
 
 def hand(workload: Workload, target: str) -> dict[str, float]:
@@ -111,16 +112,18 @@ def _compiled(step: Callable[[Any, Any], Any], state: Any, batch: Any, asked: st
     with without_cache(), jax.numpy_dtype_promotion("standard"):
         compiled = jax.jit(step, donate_argnums=0, in_shardings=(same, split)).lower(state, batch).compile()
     memory: Any = compiled.memory_analysis()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     shapes = {hlo.shape_of(leaf) for leaf in jax.tree.leaves(state) if leaf.size > 1}
-    return _values(hlo.count(compiled.as_text() or "", shapes, target.card.cache), memory.temp_size_in_bytes)
+    return _values(hlo.count(compiled.as_text() or "", shapes, target.card.cache), size, memory.temp_size_in_bytes)
 
 
-def _values(counts: hlo.Counts, temporary: int) -> dict[str, float]:
+def _values(counts: hlo.Counts, state: int, temporary: int) -> dict[str, float]:
     numbers = (
         counts.kernels,
         counts.unknown_loops,
         counts.conditionals,
         counts.state_copies,
+        state,
         temporary,
         sum(counts.collectives.values()),
     )
