@@ -33,6 +33,7 @@ from bench.results import Figure, Results
 from bench.workloads import Workload, gpt_124m, makers
 from learnax.engine import hlo
 from learnax.engine.cache import without_cache
+from learnax.engine.fit import FEW
 from learnax.engine.targets import Remote, target_of
 from learnax.step import AXIS
 from learnax.trainer import Trainer
@@ -113,7 +114,7 @@ def _compiled(step: Callable[[Any, Any], Any], state: Any, batch: Any, asked: st
         compiled = jax.jit(step, donate_argnums=0, in_shardings=(same, split)).lower(state, batch).compile()
     memory: Any = compiled.memory_analysis()
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    shapes = {hlo.shape_of(leaf) for leaf in jax.tree.leaves(state) if leaf.size > 1}
+    shapes = {hlo.shape_of(leaf) for leaf in jax.tree.leaves(state) if leaf.size > FEW}
     return _values(hlo.count(compiled.as_text() or "", shapes, target.card.cache), size, memory.temp_size_in_bytes)
 
 

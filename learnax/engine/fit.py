@@ -15,6 +15,8 @@ from learnax.engine.targets import Card, Remote, Target
 from learnax.profiling.costs import amount
 from learnax.utils import PyTree, key_data
 
+FEW = 16
+"""Numbers of an array whose copies are not counted."""
 _TAKEN = 0.75
 """The part of a GPU's memory that JAX takes by default."""
 
@@ -175,8 +177,8 @@ def compiled_for(engine: Remote, wanted: Iterable[Wanted], card: Card) -> dict[s
 def _look(program: Program, state: PyTree, layout: Any, engine: Remote, card: Card) -> Compiled:
     memory: Any = program.compiled.memory_analysis()
     arrays = _own_arrays(state, engine.shardings(layout))
-    # A copy of a single number, a count for one, is none of the state.
-    shapes = {hlo.shape_of(leaf) for leaf in arrays if leaf.size > 1}
+    # A copy of a few numbers, a count or a bias of three, is none of the state: what counts is memory.
+    shapes = {hlo.shape_of(leaf) for leaf in arrays if leaf.size > FEW}
     counts = hlo.count(program.compiled.as_text() or "", shapes, card.cache)
     ends = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = ends + memory.temp_size_in_bytes
