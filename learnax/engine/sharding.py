@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -118,27 +119,29 @@ def used_types(jaxpr: Any, count: int) -> tuple[Any, ...]:
     Returns:
         For each the one type that all its uses have in common, or its own type.
     """
-    found = []
+    made, found = _made(jaxpr), []
     for variable in jaxpr.invars[:count]:
-        made = _made(jaxpr, variable)
-        found.append(next(iter(made)) if len(made) == 1 else variable.aval.dtype)
+        types = made[id(variable)]
+        found.append(next(iter(types)) if len(types) == 1 else variable.aval.dtype)
     return tuple(found)
 
 
-def _made(jaxpr: Any, variable: Any) -> set[Any]:
-    """The types that a variable is made; its own, where anything else is done with it."""
-    made = {variable.aval.dtype for out in jaxpr.outvars if out is variable}
+def _made(jaxpr: Any) -> Mapping[int, set[Any]]:
+    """The types that each variable, by its `id`, is made; its own, where anything else is done with it."""
+    made: dict[int, set[Any]] = collections.defaultdict(set)
+    for variable in jaxpr.outvars:
+        made[id(variable)].add(variable.aval.dtype)
     for equation in jaxpr.eqns:
-        places = [place for place, given in enumerate(equation.invars) if given is variable]
-        if not places:
-            continue
         inner = _called(equation)
-        if equation.primitive.name == "convert_element_type":
-            made.add(equation.params["new_dtype"])
-        elif inner is not None and len(inner.invars) == len(equation.invars):
-            made = made.union(*(_made(inner, inner.invars[place]) for place in places))
-        else:
-            made.add(variable.aval.dtype)
+        called = inner is not None and len(inner.invars) == len(equation.invars)
+        within = _made(inner) if called else {}
+        for place, variable in enumerate(equation.invars):
+            if equation.primitive.name == "convert_element_type":
+                made[id(variable)].add(equation.params["new_dtype"])
+            elif called:
+                made[id(variable)] |= within[id(inner.invars[place])]
+            else:
+                made[id(variable)].add(variable.aval.dtype)
     return made
 
 
