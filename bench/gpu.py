@@ -31,9 +31,8 @@ from bench.opponents import FUSED, HANDS
 from bench.report import amount
 from bench.results import Figure, Results
 from bench.workloads import Workload, gpt_124m, makers
-from learnax.engine import hlo
 from learnax.engine.cache import without_cache
-from learnax.engine.fit import FEW
+from learnax.engine.fit import Compiled, looked_at
 from learnax.engine.targets import Remote, target_of
 from learnax.step import AXIS
 from learnax.trainer import Trainer
@@ -52,36 +51,14 @@ MEASURES = {
 """What is counted of each program, and its unit."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Counted:
-    """What one contender's program comes to."""
-
-    contender: str
-    values: dict[str, float]
+def learnax(workload: Workload, target: str, **extra: Any) -> Compiled:
+    """The trainer's own program."""
+    trainer = Trainer(**workload.given(1), train_only=True, **extra)
+    return trainer.preflight(target=target).programs["train"]
 
 
-def learnax(workload: Workload, target: str, **extra: Any) -> dict[str, float]:
-    """Of the trainer's own program."""
-    optimizer = None if workload.optimizer is None else workload.optimizer(workload.learning_rate)
-    trainer = Trainer(
-        workload.model,
-        workload.learning_rate,
-        workload.losses,
-        seed=0,
-        train_dataset=workload.data,
-        num_epochs=1,
-        batch_size=workload.batch_size,
-        num_workers=0,
-        train_only=True,
-        optimizer=optimizer,
-        **extra,
-    )
-    program = trainer.preflight(target=target).programs["train"]
-    return _values(program.counts, program.state_bytes, program.temporary_bytes)
-
-
-def hand(workload: Workload, target: str) -> dict[str, float]:
-    """Of the step written by hand, with its clip."""
+def hand(workload: Workload, target: str) -> Compiled:
+    """The step written by hand, with its clip."""
     clipped = dataclasses.replace(workload, optimizer=workload.optimizer or optax.adam)
     # Those of NNX and Equinox are functions of arrays where they are fused.
     fused = FUSED if workload.kind in ("nnx", "equinox") else 1
@@ -90,8 +67,8 @@ def hand(workload: Workload, target: str) -> dict[str, float]:
     return _compiled(loop._one, jax.eval_shape(lambda: loop._state), batch, target)
 
 
-def keras(workload: Workload, target: str) -> dict[str, float] | None:
-    """Of Keras's train step; it dispatches one step at a time, whatever `steps_per_execution` says."""
+def keras(workload: Workload, target: str) -> Compiled | None:
+    """Keras's train step; it dispatches one step at a time, whatever `steps_per_execution` says."""
     if workload.keras is None or importlib.util.find_spec("keras") is None:
         return None
     import keras as library
@@ -106,27 +83,24 @@ def keras(workload: Workload, target: str) -> dict[str, float] | None:
     return _compiled(lambda state, data: model.train_step(state, data)[::-1], state, (x, y), target)
 
 
-def _compiled(step: Callable[[Any, Any], Any], state: Any, batch: Any, asked: str) -> dict[str, float]:
+def _compiled(step: Callable[[Any, Any], Any], state: Any, batch: Any, asked: str) -> Compiled:
     target = target_of(asked)
     engine = Remote(target)
     same, split = engine.sharding(PartitionSpec()), engine.sharding(PartitionSpec(AXIS))
     with without_cache(), jax.numpy_dtype_promotion("standard"):
         compiled = jax.jit(step, donate_argnums=0, in_shardings=(same, split)).lower(state, batch).compile()
-    memory: Any = compiled.memory_analysis()
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    shapes = {hlo.shape_of(leaf) for leaf in jax.tree.leaves(state) if leaf.size > FEW}
-    return _values(hlo.count(compiled.as_text() or "", shapes, target.card.cache), size, memory.temp_size_in_bytes)
+    return looked_at(compiled, jax.tree.leaves(state), target.card)
 
 
-def _values(counts: hlo.Counts, state: int, temporary: int) -> dict[str, float]:
+def _values(program: Compiled) -> dict[str, float]:
     numbers = (
-        counts.kernels,
-        counts.unknown_loops,
-        counts.conditionals,
-        counts.state_copies,
-        state,
-        temporary,
-        sum(counts.collectives.values()),
+        program.kernels,
+        program.unknown_loops,
+        program.conditionals,
+        program.state_copies,
+        program.state_bytes,
+        program.temporary_bytes,
+        sum(program.collectives.values()),
     )
     return dict(zip(MEASURES, map(float, numbers), strict=True))
 
@@ -135,23 +109,21 @@ def _shape(leaf: Any, rows: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows, *np.shape(leaf)), jnp.result_type(leaf))
 
 
-def counted(workload: Workload, target: str) -> list[Counted]:
-    """All contenders' programs."""
-    found = [Counted("learnax", learnax(workload, target)), Counted("hand", hand(workload, target))]
-    by_keras = keras(workload, target)
-    if by_keras is not None:
-        found.append(Counted("keras", by_keras))
-    if workload.name.startswith("gpt") and target.partition(":")[2] not in ("", "1"):
-        found.insert(1, Counted("learnax, divided", learnax(workload, target, shard_state=True)))
-    return found
+def counted(workload: Workload, target: str) -> dict[str, dict[str, float]]:
+    """What all contenders' programs come to, by contender."""
+    found: dict[str, Compiled | None] = {"learnax": learnax(workload, target)}
+    if workload.name.startswith("gpt") and target_of(target).count > 1:
+        found["learnax, divided"] = learnax(workload, target, shard_state=True)
+    found |= {"hand": hand(workload, target), "keras": keras(workload, target)}
+    return {contender: _values(program) for contender, program in found.items() if program is not None}
 
 
-def lines(workload: str, target: str, found: list[Counted]) -> list[str]:
+def lines(workload: str, target: str, found: dict[str, dict[str, float]]) -> list[str]:
     """A table of one workload on one target."""
     rows = [[f"{workload}, {target}", *MEASURES]]
-    for one in found:
-        cells = [amount(Figure("", "", name, unit, [one.values[name]])) for name, unit in MEASURES.items()]
-        rows.append([one.contender, *cells])
+    for contender, values in found.items():
+        cells = [amount(Figure("", "", name, unit, [values[name]])) for name, unit in MEASURES.items()]
+        rows.append([contender, *cells])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -175,9 +147,9 @@ def main(arguments: list[str] | None = None) -> None:
             # What compilers say on the way.
             with open(args.out / "gpu.log", "a") as log, contextlib.redirect_stderr(log):
                 found = counted(workload, target)
-            for one in found:
+            for contender, values in found.items():
                 for measure, unit in MEASURES.items():
-                    results.add(f"{name} on {target}", one.contender, measure, unit, [one.values[measure]])
+                    results.add(f"{name} on {target}", contender, measure, unit, [values[measure]])
             print("\n".join(lines(name, target, found)), end="\n\n", flush=True)
     results.write(args.out / "gpu.json")
     print(args.out / "gpu.json")

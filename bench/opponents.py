@@ -346,19 +346,7 @@ class Learnax:
     """
 
     def __init__(self, workload: Workload, **extra: Any):
-        if workload.optimizer is not None:
-            extra = {"optimizer": workload.optimizer(workload.learning_rate), **extra}
-        self.trainer = _Paced(
-            workload.model,
-            workload.learning_rate,
-            workload.losses,
-            seed=0,
-            train_dataset=workload.data,
-            num_epochs=100_000,
-            batch_size=workload.batch_size,
-            num_workers=workload.num_workers,
-            **extra,
-        )
+        self.trainer = _Paced(**{**workload.given(100_000), **extra})
         self.trainer.go, self.trainer.done = queue.SimpleQueue(), queue.SimpleQueue()
         self._thread = threading.Thread(target=self._train, name="learnax", daemon=True)
 

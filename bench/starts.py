@@ -151,17 +151,7 @@ def by_learnax(workload: Workload, cache: str) -> list[float]:
     """The same by a trainer as it comes."""
     from learnax.trainer import Trainer
 
-    trainer = Trainer(
-        workload.model,
-        workload.learning_rate,
-        workload.losses,
-        seed=0,
-        train_dataset=workload.data,
-        num_epochs=1,
-        batch_size=workload.batch_size,
-        num_workers=0,
-        compilation_cache=cache,
-    )
+    trainer = Trainer(**workload.given(1), compilation_cache=cache)
     trainer.train()
     return trainer.metrics["train/loss"]
 

@@ -28,18 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Compiles, trains, and says how many steps that were."""
     args = parse(arguments)
     workload = makers(args.scale, quick=False)[args.workload]()
-    trainer = Trainer(
-        workload.model,
-        workload.learning_rate,
-        workload.losses,
-        seed=0,
-        train_dataset=workload.data,
-        num_epochs=EPOCHS,
-        batch_size=workload.batch_size,
-        num_workers=workload.num_workers,
-        compile=True,
-        max_seconds=args.seconds,
-    )
+    trainer = Trainer(**workload.given(EPOCHS), compile=True, max_seconds=args.seconds)
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began

@@ -64,6 +64,20 @@ class Workload:
         """The loss as learnax takes it, of one datum that is always a list there."""
         return output, self.loss(output, datum), {}
 
+    def given(self, epochs: int) -> dict[str, Any]:
+        """What everybody has to give a `Trainer`, by name."""
+        return {
+            "model": self.model,
+            "learning_rate": self.learning_rate,
+            "losses": self.losses,
+            "seed": 0,
+            "train_dataset": self.data,
+            "num_epochs": epochs,
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "optimizer": None if self.optimizer is None else self.optimizer(self.learning_rate),
+        }
+
 
 # ---- multilayer perceptrons: all dispatch (128) or all memory (2048)
 

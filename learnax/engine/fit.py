@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from learnax.engine import hlo
-from learnax.engine.engine import Program, Wanted
+from learnax.engine.engine import Wanted
 from learnax.engine.plan import Plan
 from learnax.engine.targets import Card, Remote, Target
 from learnax.profiling.costs import amount
 from learnax.utils import PyTree, key_data
 
-FEW = 16
+_FEW = 16
 """Numbers of an array whose copies are not counted."""
 _TAKEN = 0.75
 """The part of a GPU's memory that JAX takes by default."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A program as it would run, on each device.
+class Compiled(hlo.Counts):
+    """A program as it would run, on each device: what it does, and what it takes.
 
     Attributes:
         state_bytes: of the training state, or of what of it is evaluated.
         donated_bytes: of arguments that are updated in place.
         temporary_bytes: of scratch.
         total_bytes: arguments, results and scratch.
-        counts: what it does, see `learnax.engine.hlo.Counts`.
         bound_s: seconds below which a call cannot stay: of its products at the card's peak, or of the bytes that no
             cache of that size can hold at the memory's rate, whichever are more. A bound, not a forecast.
     """
@@ -39,44 +38,12 @@ class Compiled:
     donated_bytes: int
     temporary_bytes: int
     total_bytes: int
-    counts: hlo.Counts
     bound_s: float
-
-    @property
-    def kernels(self) -> int:
-        """Kernels that a call starts."""
-        return self.counts.kernels
-
-    @property
-    def unknown_loops(self) -> int:
-        """Loops whose number of turns only the device knows."""
-        return self.counts.unknown_loops
-
-    @property
-    def conditionals(self) -> int:
-        """Branches."""
-        return self.counts.conditionals
-
-    @property
-    def state_copies(self) -> int:
-        """Copies of arrays that have the shape of one of the state's."""
-        return self.counts.state_copies
-
-    @property
-    def collectives(self) -> Mapping[str, int]:
-        """Bytes of each kind of collective."""
-        return self.counts.collectives
-
-    @property
-    def pieces(self) -> Mapping[str, int]:
-        """How many collectives of each kind there are."""
-        return self.counts.pieces
 
     def rows(self) -> list[tuple[str, str]]:
         """Lines of a table."""
-        counts = self.counts
         moved = [
-            f"{kind} {amount(size, 'B')} in {counts.pieces[kind]}" for kind, size in sorted(counts.collectives.items())
+            f"{kind} {amount(size, 'B')} in {self.pieces[kind]}" for kind, size in sorted(self.collectives.items())
         ]
         return [
             (
@@ -86,13 +53,13 @@ class Compiled:
             ),
             (
                 "kernels",
-                f"{counts.kernels}; loops: {counts.known_loops} of known length, {counts.unknown_loops} of unknown; "
-                f"{counts.conditionals} branches; {counts.state_copies} copies of the state's arrays",
+                f"{self.kernels}; loops: {self.known_loops} of known length, {self.unknown_loops} of unknown; "
+                f"{self.conditionals} branches; {self.state_copies} copies of the state's arrays",
             ),
             *([("collectives", ", ".join(moved))] if moved else []),
             (
                 "work",
-                f"{amount(sum(counts.flops.values()), 'FLOP')} in products, {amount(counts.bytes, 'B')} read and "
+                f"{amount(sum(self.flops.values()), 'FLOP')} in products, {amount(self.bytes, 'B')} read and "
                 f"written; not below {amount(self.bound_s, 's')} (a bound, not a forecast)",
             ),
         ]
@@ -168,29 +135,35 @@ def compiled_for(engine: Remote, wanted: Iterable[Wanted], card: Card) -> dict[s
     engine.prepare(wanted)
     found: dict[str, Compiled] = {}
     for kind, signature, args in wanted:
-        program = _look(engine.programs[kind.name, signature], args[0], kind.inputs[0], engine, card)
+        compiled = engine.programs[kind.name, signature].compiled
+        program = looked_at(compiled, _own_arrays(args[0], engine.shardings(kind.inputs[0])), card)
         if kind.name not in found or found[kind.name].total_bytes < program.total_bytes:
             found[kind.name] = program
     return found
 
 
-def _look(program: Program, state: PyTree, layout: Any, engine: Remote, card: Card) -> Compiled:
-    memory: Any = program.compiled.memory_analysis()
-    arrays = _own_arrays(state, engine.shardings(layout))
+def looked_at(compiled: jax.stages.Compiled, state: Sequence[Any], card: Card) -> Compiled:
+    """A program that was compiled for a card.
+
+    Args:
+        compiled: it.
+        state: the arrays that a device has of the state, or their shapes.
+        card: what it is compiled for.
+    """
+    memory: Any = compiled.memory_analysis()
     # A copy of a few numbers, a count or a bias of three, is none of the state: what counts is memory.
-    shapes = {hlo.shape_of(leaf) for leaf in arrays if leaf.size > FEW}
-    counts = hlo.count(program.compiled.as_text() or "", shapes, card.cache)
-    ends = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = ends + memory.temp_size_in_bytes
+    shapes = {hlo.shape_of(leaf) for leaf in state if leaf.size > _FEW}
+    counts = hlo.count(compiled.as_text() or "", shapes, card.cache)
+    ends = memory.argument_size_in_bytes + memory.output_size_in_bytes
     # What a program is given and gives is read and written once at least.
-    streamed = max(counts.streamed, memory.argument_size_in_bytes + memory.output_size_in_bytes - 2 * card.cache)
+    streamed = max(counts.streamed, ends - 2 * card.cache)
     multiplied = sum(flops / card.peaks.get(kind, card.peaks["f32"]) for kind, flops in counts.flops.items())
     return Compiled(
-        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in arrays),
+        **vars(counts),
+        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in state),
         donated_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        total_bytes=total,
-        counts=counts,
+        total_bytes=ends - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
         bound_s=max(multiplied, streamed / card.bandwidth),
     )
 

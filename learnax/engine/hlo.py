@@ -213,16 +213,14 @@ class _Counter:
 
     def _traffic(self, own: _Computation, instruction: _Instruction) -> float:
         """Bytes that a kernel reads and writes; of an array that it takes a slice of, the slice."""
-        sizes = [sum(map(_bytes, own[name].shapes)) for name in instruction.operands if name in own]
         written = sum(map(_bytes, instruction.shapes))
+        if instruction.opcode == "fusion":
+            (name,) = instruction.called()
+            return _fused(self._computations[name], written)
         if instruction.opcode in _SLICES:
             return 2 * written
-        if instruction.opcode == "dynamic-update-slice":
-            return 2 * sizes[1]
-        if instruction.opcode != "fusion":
-            return sum(sizes) + written
-        (name,) = instruction.called()
-        return _fused(self._computations[name], sizes, written)
+        given = [sum(map(_bytes, own[name].shapes)) for name in instruction.operands if name in own]
+        return 2 * given[1] if instruction.opcode == "dynamic-update-slice" else sum(given) + written
 
     def _operations(self, own: _Computation, instruction: _Instruction, times: int) -> None:
         if instruction.opcode == "dot":
@@ -276,7 +274,7 @@ def _window(kernel: Shape, convolution: _Instruction) -> float:
     return float(math.prod(size for size, label in zip(kernel[1], found[1], strict=True) if label != "o"))
 
 
-def _fused(inner: _Computation, sizes: list[int], written: int) -> float:
+def _fused(inner: _Computation, written: int) -> float:
     """What a fusion reads and writes, by what is done with its parameters."""
     users: dict[str, list[tuple[_Instruction, int]]] = collections.defaultdict(list)
     for one in inner.values():
