@@ -17,6 +17,7 @@ import jax
 from learnax.engine.targets import target_of
 from learnax.loop import Loop
 from learnax.parts import Parts
+from learnax.profiling.program import NO_PROGRAM, is_program, missing_script
 
 TEXT = """\
 The script runs as it stands, with its own arguments, up to its first train(): what it does before that, it does. Then
@@ -51,15 +52,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     preflight.add_argument("program", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]")
     args = parser.parse_args(arguments)
     args.program = ["-m", *args.m] if args.m is not None else args.program
-    if not args.program or args.program == ["-m"]:
-        preflight.error("no program: expected a script, or -m and a module, at the end")
+    if not is_program(args.program):
+        preflight.error(NO_PROGRAM)
     try:
         target_of(args.target)
     except ValueError as error:
         preflight.error(f"--{error}")
-    script = args.program[0]
-    if script != "-m" and not Path(script).exists():
-        preflight.error(f"there is no script {script} in {Path.cwd()}; expected a script, or -m and a module")
+    missing = missing_script(args.program)
+    if missing is not None:
+        preflight.error(missing)
     return args
 
 

@@ -34,7 +34,7 @@ MODERATE = {
     "novograd": optax.novograd(1e-2),
     "lamb": optax.lamb(1e-2),
     "lars": optax.lars(1e-2),
-    "fromage": optax.sign_sgd(1e-2),
+    "sign_sgd": optax.sign_sgd(1e-2),
     "parts": optax.partition({"w": optax.adamw(1e-2), "b": optax.sgd(1e-2)}, {"w": "w", "b": "b"}),
 }
 """Known behind a clip that is not extreme."""

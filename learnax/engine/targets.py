@@ -89,7 +89,18 @@ def _peaks(half: float, tf32: float, double: float, eighth: float) -> dict[str, 
     return {name: peak * _T for name, peak in peaks.items()}
 
 
-_HOPPER = _peaks(989, 494, 67, 1979)
+_H100 = Card(
+    "NVIDIA H100 80GB HBM3",
+    84_942_979_072,
+    3.35232e12,
+    52_428_800,
+    _peaks(989, 494, 67, 1979),
+    (9, 0),
+    132,
+    128,
+    1.98,
+    (233_472, 232_448),
+)
 CARDS = {
     "a100": Card(
         "NVIDIA A100-SXM4-80GB",
@@ -103,30 +114,9 @@ CARDS = {
         1.41,
         (167_936, 166_912),
     ),
-    "h100": Card(
-        "NVIDIA H100 80GB HBM3",
-        84_942_979_072,
-        3.35232e12,
-        52_428_800,
-        _HOPPER,
-        (9, 0),
-        132,
-        128,
-        1.98,
-        (233_472, 232_448),
-    ),
-    "h200": Card(
-        "NVIDIA H200 141GB HBM3e",
-        151_397_597_184,
-        4.8e12,
-        52_428_800,
-        _HOPPER,
-        (9, 0),
-        132,
-        128,
-        1.98,
-        (233_472, 232_448),
-    ),
+    "h100": _H100,
+    # The same chip with more and faster memory.
+    "h200": dataclasses.replace(_H100, kind="NVIDIA H200 141GB HBM3e", memory=151_397_597_184, bandwidth=4.8e12),
     "b200": Card(
         "NVIDIA B200",
         191_514_411_008,

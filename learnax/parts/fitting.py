@@ -6,8 +6,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-
-import jax
+from typing import Any
 
 from learnax import checks
 from learnax.checks import Settings
@@ -17,7 +16,7 @@ from learnax.engine.plan import RESIDENT_BYTES
 from learnax.engine.targets import Remote, Target
 from learnax.models.model import Adapter
 from learnax.parts.draft import Draft
-from learnax.utils import tree_bytes
+from learnax.utils import any_key, tree_bytes
 
 _logger = logging.getLogger("learnax")
 REMAT = "dots_with_no_batch_dims_saveable"
@@ -63,18 +62,18 @@ class Fitting:
     def _compiled(self, target: Target) -> Fit:
         engine = Remote(target)
         draft = Draft(self.settings, self.traced, self.first, engine)
-        seq = jax.eval_shape(lambda: jax.random.key(0))
+        seq: Any = any_key()
         wanted = draft.wanted(draft.origin.shapes(), seq, self.sizes)
         return Fit(target, compiled_for(engine, wanted, target.card), self._data(draft, target), draft.plan)
 
     def _data(self, draft: Draft, target: Target) -> int:
         """Bytes of data on each device beside the block that a program is given."""
+        if self.settings.single:
+            return 0
         size, total = self.settings.batch_size, 0
         for name, count in self.sizes.items():
             block = tree_bytes(draft.batches(draft.room(name), size, split=name))
             whole = block * -(-count // (size * draft.room(name)))
-            if self.settings.single:
-                continue
             kept = name in self.kept and whole <= RESIDENT_BYTES
             total += whole - block if kept else block  # else one more is on its way
         return total // target.count

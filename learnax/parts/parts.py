@@ -110,8 +110,8 @@ class Parts:
 
     def compile(self) -> None:
         """Compiles the run's programs, on the shapes of each split's first datum."""
-        state, sizes = self.progress.state, {name: loader.size for name, loader in self.loaders.items()}
-        wanted = self.draft.wanted(state, self.progress.seq, sizes)
+        state = self.progress.state
+        wanted = self.draft.wanted(state, self.progress.seq, self._sizes)
         seen, batch = evaluated(state.params, state), self.draft.batches(self.settings.batch_size)
         wanted += [show.wanted(seen, batch) for show in self.hooks.shows if isinstance(show, Sampler)]
         self.engine.prepare(wanted)
@@ -146,8 +146,7 @@ class Parts:
     def fit(self, target: str) -> Fit:
         """Compiles the run's programs for devices that are not here; all stays as it was."""
         kept = frozenset(name for name, loader in self.loaders.items() if loader.keeps)
-        sizes = {name: loader.size for name, loader in self.loaders.items()}
-        return Fitting(self.settings, self._traced, self.first, sizes, kept).on(target_of(target))
+        return Fitting(self.settings, self._traced, self.first, self._sizes, kept).on(target_of(target))
 
     def ledger(self) -> Ledger:
         """Where the time went so far, and what the programs cost."""
@@ -159,6 +158,11 @@ class Parts:
             self.settings.num_workers,
             self.settings.accumulate_steps,
         )
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """Data of each split."""
+        return {name: loader.size for name, loader in self.loaders.items()}
 
     def _loader(self, name: str, dataset: Any) -> Loader | Repeated:
         settings = self.settings

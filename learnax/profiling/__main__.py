@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learnax.profiling import nsight, spy, windows
+from learnax.profiling.program import NO_PROGRAM, is_program, missing_script
 
 TOOLS = ("py-spy", "nsys", "ncu")
 """What can look at a program; the first is the default."""
@@ -45,8 +46,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     tool, own, program = _split(arguments)
     args = parser.parse_args(own)
     args.tool, args.program = tool, program
-    if not program or program == ["-m"]:
-        parser.error("no program: expected a script, or -m and a module, at the end")
+    if not is_program(program):
+        parser.error(NO_PROGRAM)
     if args.rate is not None and (tool != "py-spy" or args.rate < 1):
         parser.error(
             f"--rate {args.rate}: " + ("expected 1 or more" if tool == "py-spy" else f"{tool} does not sample")
@@ -69,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             that is wrong.
     """
     args = parse(sys.argv[1:] if arguments is None else arguments)
-    script = args.program[0]
-    if script != "-m" and not Path(script).exists():
-        raise SystemExit(f"there is no script {script} in {Path.cwd()}; expected a script, or -m and a module")
+    missing = missing_script(args.program)
+    if missing is not None:
+        raise SystemExit(missing)
     command = [sys.executable, *args.program]
     if args.tool == "py-spy":
         return spy.profile(command, args.out, args.rate or spy.RATE)

@@ -57,13 +57,7 @@ def apply(
         share: what all batches of the step come to on all devices.
         loss_at: makes the step's loss as a function of what is trained; called for optimisers that ask for it.
     """
-    if recipe.selects:
-        squares, sound = packing.squares_and_finite(share.grads)
-        norm = jnp.sqrt(squares.sum())
-    else:
-        squares = packing.squares(share.grads)
-        norm = jnp.sqrt(squares.sum())
-        sound = _sound(share.grads, norm)
+    squares, norm, sound = _measured(packing, share.grads, selects=recipe.selects)
     values = finished(share.parts)
     now = _own_rate(recipe, state)
     known = _conditions(recipe, state, now)
@@ -162,13 +156,18 @@ def _applied(params: PyTree, updates: PyTree) -> PyTree:
         return optax.apply_updates(params, updates)
 
 
-def _sound(grads: PyTree, norm: jax.Array) -> jax.Array:
-    """Whether the clipped gradients are free of NaN.
+def _measured(packing: Packing, grads: list[jax.Array], *, selects: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The squares of each gradient, the global norm, and whether the clipped gradients are free of NaN.
 
-    A finite norm says so at no cost. An infinite one may only have overflowed, with every gradient
+    A finite norm says the last at no cost. An infinite one may only have overflowed, with every gradient
     finite; that is looked at leaf by leaf, in the rare case alone where a branch costs little.
     """
-    return jax.lax.cond(jnp.isfinite(norm), lambda: jnp.asarray(True), lambda: _all_finite(grads))
+    if selects:
+        squares, sound = packing.squares_and_finite(grads)
+        return squares, jnp.sqrt(squares.sum()), sound
+    squares = packing.squares(grads)
+    norm = jnp.sqrt(squares.sum())
+    return squares, norm, jax.lax.cond(jnp.isfinite(norm), lambda: jnp.asarray(True), lambda: _all_finite(grads))
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
