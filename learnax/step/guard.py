@@ -59,8 +59,7 @@ def apply(
     """
     squares, norm, sound = _measured(packing, share.grads, selects=recipe.selects)
     values = finished(share.parts)
-    now = _own_rate(recipe, state)
-    known = _conditions(recipe, state, now)
+    known, now = known_of(recipe, state), _own_rate(recipe, state)
     extra = _extra(packing, share, values["loss"], loss_at) if known is None else {}
     after = followed(recipe, state.model_state, share.model_state)
     step = _Step(recipe, packing, share.grads, norm, after, extra)
@@ -104,10 +103,16 @@ def _own_rate(recipe: Recipe, state: TrainState) -> jax.Array | None:
     return next_rate(recipe.learning_rate, state)
 
 
-def _conditions(recipe: Recipe, state: TrainState, own_rate: jax.Array | None) -> Conditions | None:
-    """What has to hold for a finite update of finite gradients; None where nobody knows."""
-    if own_rate is not None:
-        return Conditions(needed=[jnp.isfinite(own_rate)])
+def known_of(recipe: Recipe, state: TrainState) -> Conditions | None:
+    """What has to hold for a finite update of finite gradients; None where nobody knows.
+
+    Args:
+        recipe: what the step is made of.
+        state: the state before the update.
+    """
+    rate = _own_rate(recipe, state)
+    if rate is not None:
+        return Conditions(needed=[jnp.isfinite(rate)])
     if recipe.trusted or not recipe.safe or not _is_exact(state.params):
         return None
     trained, _ = split(recipe.optimizer, state.params)
@@ -165,7 +170,8 @@ def _measured(packing: Packing, grads: list[jax.Array], *, selects: bool) -> tup
     if selects:
         squares, sound = packing.squares_and_finite(grads)
         return squares, jnp.sqrt(squares.sum()), sound
-    squares = packing.squares(grads)
+    # Behind a barrier: the compiler would take the sum of all apart again, into one of each leaf.
+    squares = jax.lax.optimization_barrier(packing.squares(grads))
     norm = jnp.sqrt(squares.sum())
     return squares, norm, jax.lax.cond(jnp.isfinite(norm), lambda: jnp.asarray(True), lambda: _all_finite(grads))
 
@@ -185,10 +191,10 @@ def _updates(step: _Step, state: TrainState) -> tuple[PyTree, Any]:
     # In float32 at least: a small scale is 0 in half precision.
     grads = [(g.astype(wide(g.dtype)) * scale.astype(wide(g.dtype))).astype(g.dtype) for g in step.grads]
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic is not clean under "strict"
-        if packing.moments:
-            updates, opt_state = recipe.optimizer.update(grads, state.opt_state)
-            return packing.unpack(updates), opt_state
         trained, _ = split(recipe.optimizer, state.params)
+        if packing.moments:
+            updates, opt_state = recipe.optimizer.update(grads, state.opt_state, packing.pack(trained))
+            return packing.unpack(updates), opt_state
         return asked_update(recipe.optimizer, packing.unpack(grads), state.opt_state, trained, step.extra)
 
 

@@ -51,7 +51,8 @@ class Packing:
     ):
         leaves = leaves_by_path(like)
         self._norms = Packing(like) if apart else None
-        self.moments = moments and bool(leaves)
+        # A single leaf has the structure of any number in an optimiser's state.
+        self.moments = moments and bool(leaves) and not jax.tree_util.treedef_is_leaf(jax.tree.structure(like))
         self._structure = jax.tree.structure(like)
         self._shapes = [leaf.shape for leaf in leaves.values()]
         # What each leaf takes of the vector; 0 for one that is not packed. Those that take the same are side by side,

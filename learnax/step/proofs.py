@@ -40,10 +40,13 @@ class Conditions:
     Attributes:
         needed: without one of these the update is no good: rates above all. One of more than 1e12 counts as none.
         enough: where one of these does not hold, nothing is known of this update, and it is to be looked at.
+        by_element: whether each element of an update comes from what is at its own place, and from numbers that are the
+            same for all: it does not matter then in which shape they come.
     """
 
     needed: list[jax.Array] = dataclasses.field(default_factory=list)
     enough: list[jax.Array] = dataclasses.field(default_factory=list)
+    by_element: bool = True
 
 
 def conditions_of(optimizer: Any, opt_state: Any, params: PyTree, max_grad: float) -> Conditions | None:
@@ -118,6 +121,7 @@ class _Reading:
             raise _UnknownError
         name = tx.update.__qualname__.split(".")[0]
         held = {**_held(tx.init), **_held(tx.update)}
+        self._found.by_element &= name in _BY_ELEMENT
         size = _KNOWN[name](self, held, state, size)
         if not size.most <= _LARGEST:
             raise _UnknownError
@@ -438,3 +442,29 @@ _KNOWN: dict[str, _Read] = {
     "scale_by_shape": _shape,
 }
 """By optax's name of what makes the part: how large its updates are, or that nobody knows."""
+
+_BY_ELEMENT = {
+    "chain",
+    "inject_hyperparams",
+    "with_extra_args_support",
+    "identity",
+    "set_to_zero",
+    "scale",
+    "scale_by_schedule",
+    "add_decayed_weights",
+    "trace",
+    "ema",
+    "clip",
+    "clip_by_global_norm",
+    "scale_by_sign",
+    "scale_by_adam",
+    "scale_by_amsgrad",
+    "scale_by_radam",
+    "scale_by_adan",
+    "scale_by_adamax",
+    "scale_by_belief",
+    "scale_by_rms",
+    "scale_by_rss",
+    "scale_by_lion",
+}
+"""Of these, those that treat each element alone, and make zeros of zeros."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from learnax.step.amounts import added, nothing, told_loss
 from learnax.step.gradients import Share, loss_weights, of_all_devices, own_gradients
-from learnax.step.guard import apply
+from learnax.step.guard import apply, known_of
 from learnax.step.many import many
 from learnax.step.packing import Packing
 from learnax.step.patterns import split
@@ -170,6 +170,12 @@ def _loss_at(recipe: Recipe, packing: Packing, state: TrainState, take: Take) ->
     return loss
 
 
+def _by_element(recipe: Recipe, state: TrainState) -> bool:
+    """Whether the optimiser is known to treat each element alone."""
+    known = known_of(recipe, state)
+    return recipe.trusted or (known is not None and known.by_element)
+
+
 def train_many(
     recipe: Recipe,
     room: int,
@@ -203,7 +209,7 @@ def train_many(
     # On other devices than a CPU, whose compilers do not gain, a branch is one that the host waits for.
     step_before = None if recipe.selects else state.step
     packing = Packing(
-        trained, moments=recipe.trusted and room > 1, apart=apart, step=step_before, aligned=recipe.selects
+        trained, moments=room > 1 and _by_element(recipe, state), apart=apart, step=step_before, aligned=recipe.selects
     )
     # A jitted function is traced once, for both uses below: its shapes, and the loop.
     step = jax.jit(functools.partial(train, recipe, packing, with_outputs), inline=True)
