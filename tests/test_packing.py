@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from learnax.step.optimizers import adam
 from learnax.step.packing import ROW, SMALL, Packing
+from learnax.step.proofs import conditions_of
 from learnax.utils import leaves_by_path
-from tests.helpers import assert_trees_equal
+from tests.helpers import assert_trees_close, assert_trees_equal, make_data, make_trainer
 
 SHAPES = {
     "small": {"bias": (10,), "kernel": (7, 13), "scalar": (), "whole rows": (2, ROW), "empty": (0, 3)},
@@ -95,6 +97,94 @@ def test_adam_on_packed_moments_is_adam():
             updates, packed = optimizer.update(packing.pack(grads), packed)
             assert_same(packing.unpack(updates), expected)
     assert_same(packing.unpack_moments(packed, plain), plain)
+
+
+BY_ELEMENT = {
+    "adamw": optax.adamw(optax.cosine_decay_schedule(1e-2, 100), weight_decay=0.1),
+    "lion": optax.lion(1e-2),
+    "sgd": optax.sgd(1e-2, momentum=0.9, nesterov=True),
+    "rmsprop": optax.rmsprop(1e-2, momentum=0.9),
+    "adagrad": optax.adagrad(1e-2),
+    "amsgrad": optax.amsgrad(1e-2),
+    "radam": optax.radam(1e-2),
+    "adan": optax.adan(1e-2),
+    "adamax": optax.adamax(1e-2),
+    "adabelief": optax.adabelief(1e-2),
+    "signs": optax.chain(optax.ema(0.9), optax.sign_sgd(1e-2)),
+    "a clip behind": optax.chain(optax.adam(1e-2), optax.clip_by_global_norm(1e-3), optax.clip(1e-3)),
+    "injected": optax.inject_hyperparams(optax.nadamw)(learning_rate=1e-2),
+}
+
+
+def float_tree(seed):
+    tree = make_tree(seed)
+    del tree["half"]  # of which nothing is known
+    return tree
+
+
+@pytest.mark.parametrize("name", BY_ELEMENT)
+def test_an_optimizer_that_treats_each_element_alone_does_so_packed(name):
+    optimizer, params = BY_ELEMENT[name], float_tree(3)
+    packing = Packing(params, moments=True)
+    with jax.numpy_dtype_promotion("standard"):
+        plain = optimizer.init(params)
+        packed = packing.pack_moments(plain)
+        assert conditions_of(optimizer, plain, params, 1.0).by_element
+        for seed in range(3):
+            grads = float_tree(10 + seed)
+            expected, plain = optimizer.update(grads, plain, params)
+            updates, packed = optimizer.update(packing.pack(grads), packed, packing.pack(params))
+            assert_trees_close(packing.unpack(updates), expected)
+            params = optax.apply_updates(params, expected)
+            assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(packed))  # and what fills up the vector
+    assert_trees_close(packing.unpack_moments(packed, plain), plain)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adamw(1e-2, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        optax.multi_transform({"all": optax.adam(1e-2)}, lambda params: jax.tree.map(lambda _: "all", params)),
+        optax.adafactor(1e-2),
+        optax.lamb(1e-2),
+        optax.novograd(1e-2),
+        optax.contrib.muon(1e-2),
+    ],
+    ids=["a mask", "parts", "adafactor", "lamb", "novograd", "muon"],
+)
+def test_one_that_looks_at_leaves_does_not(optimizer):
+    params = float_tree(3)
+    assert not conditions_of(optimizer, optimizer.init(params), params, 1.0).by_element
+
+
+class EverySecond:
+    """Something that is due after every other step, and does nothing."""
+
+    def next_due(self, step):
+        return step + 2 - step % 2
+
+    def __call__(self, moment):
+        pass
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_a_run_with_packed_moments_is_the_same_however_it_is_cut(name, count):
+    options = {"optimizer": BY_ELEMENT[name], "devices": jax.devices()[:count], "train_dataset": make_data(43)}
+    whole, other = (make_trainer(**options, steps_per_execution=5) for _ in range(2))
+    other.hooks.saves.append(EverySecond())
+    plain = make_trainer(**options, steps_per_execution=1)
+    for trainer in (whole, other, plain):
+        trainer.train()
+    assert_trees_equal(other.train_state, whole.train_state)
+    assert_trees_close(plain.train_state, whole.train_state)
+
+
+def test_a_model_of_one_leaf_has_no_packed_moments():
+    # Its structure is that of a count, too.
+    optimizer, params = optax.adamw(1e-2), jnp.ones(3)
+    state = optimizer.init(params)
+    assert_trees_equal(Packing(params, moments=True).pack_moments(state), state)
 
 
 def test_no_leaves_and_no_small_ones():

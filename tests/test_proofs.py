@@ -46,6 +46,14 @@ UNKNOWN = {
     "momentum that grows": optax.sgd(1e-2, momentum=1.0),
     "a rate that is none": optax.sgd(float("nan")),
     "a part of ones own": optax.chain(optax.stateless(lambda updates, params: updates), optax.adam(1e-2)),
+    "a part of ones own for some": optax.partition({"w": optax.adamw(1e-2), "b": KNOWN_NOT}, {"w": "w", "b": "b"}),
+    "a variance that may be negative": optax.rmsprop(1e-2, centered=True),
+    "a start below 0": optax.rmsprop(1e-2, initial_scale=-1.0),
+    "a decay of ones own": optax.scale_by_factored_rms(decay_rate_fn=lambda step, rate: 1.0),
+    "a count that starts below 0": optax.adafactor(1e-2, decay_offset=100),
+    "other polynomials": optax.contrib.muon(1e-2, ns_coeffs="dion"),
+    "the updates' own scale": optax.contrib.muon(1e-2, adaptive=True),
+    "a root below 0": optax.radam(1e-2, threshold=3.0),
     "an inner part of ones own": optax.inject_hyperparams(lambda learning_rate: KNOWN_NOT)(learning_rate=1e-2),
 }
 PARAMS = {"w": np.ones((3, 2), np.float32), "b": np.zeros(2, np.float32)}
@@ -102,6 +110,40 @@ def test_a_setting_that_is_injected_is_looked_at_when_the_update_is_made():
     assert all(
         map(bool, [*conditions_of(tx, state, PARAMS, 1.0).needed, *conditions_of(tx, state, PARAMS, 1.0).enough])
     )
+
+
+def hold(conditions):
+    return all(map(bool, [*conditions.needed, *conditions.enough]))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.lamb(1e-2), optax.adafactor(1e-2), optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-2))],
+    ids=["lamb", "adafactor", "decayed before"],
+)
+def test_parameters_whose_squares_overflow_are_looked_at(tx):
+    state = tx.init(PARAMS)
+    assert hold(conditions_of(tx, state, PARAMS, 1.0))
+    for large in (1e10, 1e20, np.inf, np.nan):
+        params = PARAMS | {"b": np.array([large, 0], np.float32)}
+        assert not hold(conditions_of(tx, state, params, 1.0))
+
+
+def test_a_count_at_its_end_is_looked_at():
+    tx = optax.adafactor(1e-2)
+    first, *others = tx.init(PARAMS)
+    last = first._replace(count=jnp.int32(np.iinfo(np.int32).max))
+    assert not hold(conditions_of(tx, (last, *others), PARAMS, 1.0))
+
+
+def test_what_is_not_sure_is_looked_at_and_kept_where_it_is_finite():
+    settings = {"learning_rate": 1e-2, "eps": 1e-21}
+    tx = optax.inject_hyperparams(optax.rmsprop)(**settings)
+    assert not hold(conditions_of(tx, tx.init(PARAMS), PARAMS, 1.0))
+    trainer = make_trainer(optimizer=tx)
+    trainer.train()
+    assert trainer.metrics["train/has_nan"] == [0] * 10
+    assert_trees_close(trainer.train_state.params, make_trained(optax.rmsprop(**settings)).train_state.params)
 
 
 def make_trained(tx):

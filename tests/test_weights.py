@@ -8,7 +8,9 @@ import pytest
 
 from learnax.loss import LossFunction, LossPipe
 from learnax.metrics import Max, Mean, Min, Sum
-from learnax.models import Linen
+from learnax.models import Functions, Linen
+from learnax.step import Recipe, mean_loss
+from learnax.step.recipe import keys_of
 from tests import plain
 from tests.helpers import MLP, assert_trees_close, host, make_data, make_trainer
 
@@ -209,3 +211,36 @@ def test_amounts_are_scaled_and_added_as_numbers_are():
     assert sum([Mean(1.0), Mean(2.0)]).terms == (Mean(1.0), Mean(2.0))
     scaled = (0.0 + Mean(jnp.float32(2))) * jnp.float32(3)
     assert float(scaled.total) == 6
+
+
+def test_a_loss_with_weights_keeps_64_bits():
+    """Of each kind of term: what float32 would round away is still there."""
+    tiny = 1e-12
+
+    def losses(output, batch):
+        return output, Mean(1 + tiny * output, jnp.ones_like(output)), {}
+
+    def sums(output, batch):
+        return output, Sum(1 + tiny * output), {}
+
+    class Plain(LossFunction):
+        def _call(self, output, batch):
+            return output, 1 + tiny * output, {}
+
+    class Weighted(LossFunction):
+        def _call(self, output, batch):
+            return losses(output, batch)
+
+    model = Functions(lambda key: {"w": jnp.ones((), jnp.float64)}, lambda params, x: params["w"] * x)
+    with jax.enable_x64(True):
+        batch = [np.full(4, 3.0)]
+        for loss, whole, factor in (
+            (losses, 1, 1),
+            (sums, 4, 4),
+            (LossPipe([Plain(1.0), Weighted(1.0)]), 2, 2),
+        ):
+            recipe = Recipe(model, loss, optax.sgd(1.0), None, 1.0, batch_size=4, shards=1, weighted=True)
+            keys = keys_of(recipe, jax.random.key(0))
+            value, _ = mean_loss(recipe, {"w": jnp.ones((), jnp.float64)}, None, keys, batch, jnp.int32(0))
+            assert value.dtype == jnp.float64
+            np.testing.assert_allclose(float(value) - whole, factor * 3 * tiny, rtol=1e-3)
