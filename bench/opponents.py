@@ -380,15 +380,15 @@ class Learnax:
     def _one(self) -> Callable[[], None]:
         """On a state of its own: the program takes over what it is given."""
         trainer, engine = self.trainer, self.trainer.engine
-        state, seq = engine.own(trainer.train_state, engine.layout), trainer.rng_seq
+        live, seq = trainer.programs.live(trainer.train_state), jax.random.key_data(trainer.rng_seq)
         block = next(iter(trainer.loaders["train"].blocks()))
         start, count = engine.scalar(0), engine.scalar(1)
         (program,) = [program for (kind, _), program in engine.programs.items() if kind == "train"]
 
         def one() -> None:
-            nonlocal state, seq
-            state, seq, scalars, _ = program(state, seq, block.device, start, count)
-            jax.block_until_ready((state, scalars.values))
+            nonlocal live, seq
+            live, seq, scalars, _ = program(live, seq, block.device, start, count)
+            jax.block_until_ready((live, scalars.values))
 
         return one
 

@@ -104,7 +104,7 @@ class Parts:
         self.programs = Programs(self.engine, recipe, self.plan.room, with_outputs, self.first["train"], by_average)
         self.log = self._log()
         self.checkpointer = self._checkpointer()
-        self.progress = Progress(settings, self.origin, self.engine, self.log, self.checkpointer)
+        self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer)
         self.hooks = self._hooks(traced)
         self.validation = Validation(settings, self.loaders, self.engine, self.programs, self.phases, self.stops)
         self.profiler: Profiler = NoProfiler()
@@ -122,10 +122,12 @@ class Parts:
         blocks = {name: shapes((self.loaders[name].room, size), first[name].arguments) for name in first}
         samplers = [show for show in self.hooks.shows if isinstance(show, Sampler)]
         batch = shapes((size,), first["train"].arguments)
-        seen = evaluated(self.progress.state.params, self.progress.state)
+        progress, hooks = self.progress, self.hooks
+        seen = evaluated(progress.shapes.params, progress.shapes)
         more = [sampler.wanted(seen, batch) for sampler in samplers]
         tails = {name: self.loaders[name].size % size for name in first}
-        self.programs.prepare(self.progress.state, self.progress.seq, blocks, tails, more)
+        looked_at = bool(hooks.shows or hooks.saves or hooks.ends or len(blocks) > 1)
+        self.programs.prepare(progress.live, progress.seq, blocks, tails, more, looked_at=looked_at)
 
     def sync(self) -> None:
         """Puts the trained values into the user's object, where that holds values."""
@@ -150,7 +152,7 @@ class Parts:
         spread = engine.spans and engine.layout != SAME
         kept = engine.own(kept, engine.layout) if spread else jax.tree.map(engine.host_copy, kept)
         try:
-            return flight.fly(progress.state, progress.seq, progress.resume_point())
+            return flight.fly(progress.live, progress.seq, progress.resume_point())
         finally:
             progress.state = kept
 
@@ -296,4 +298,4 @@ class Parts:
     def _settle(self) -> None:
         """Waits for all steps that were dispatched."""
         if not self.stops.at_once:
-            jax.block_until_ready(self.progress.state)
+            jax.block_until_ready(self.progress.live)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from learnax.data import Block, FirstDatum, arranged, signature_of
 from learnax.engine import BATCHES, SAME, SPLIT, Engine, Kind, Wanted
 from learnax.step import (
     AXIS,
+    Form,
+    Packed,
     Recipe,
     Scalars,
     evaluate_many,
@@ -23,11 +25,12 @@ from learnax.step import (
     gradients,
     has_own_evaluation,
     mean_loss,
+    packs,
     train_many,
     update,
 )
 from learnax.step.state import TrainState
-from learnax.utils import PyTree
+from learnax.utils import PyTree, is_key, key_data
 
 Sums = list[tuple[Scalars, int, int]]
 """Parts of losses and metrics, of how many batches (a row each), of how many data."""
@@ -69,12 +72,45 @@ class Programs:
         # Nothing is donated: the caller's state stays usable.
         self._update = Kind("update", functools.partial(update, recipe), (layout, SAME, SPLIT), (layout, SAME, SPLIT))
         self._weights = Kind("weights", self._own_weights, (layout,), (engine.params_layout,), whole=True)
+        self._form: Form | None = None
+
+    def live(self, state: TrainState) -> TrainState | Packed:
+        """A state as training takes it: in arrays that are no one else's, and packed where it may be."""
+        engine, state = self._engine, jax.tree.map(_canonical, state)
+        # What lies in parts is no vector; and of several processes, one alone may look at its state.
+        if engine.layout != SAME or engine.spans or not packs(self._recipe, state):
+            return engine.own(state, engine.layout)
+        if self._form is None or not self._form.fits(state):
+            self._form = Form(state)
+        return engine.own(self._form.pack(self._form.map_small(np.asarray, state)))
+
+    def state(self, live: TrainState | Packed) -> TrainState:
+        """The state that training has: small leaves are new arrays, large ones those that the next step takes over."""
+        if not isinstance(live, Packed):
+            return live
+
+        def unpack(arrays: Sequence[Any]) -> Sequence[Any]:
+            (leaves,) = self._engine.program(*self._unpack(live.form, arrays))(arrays)
+            return leaves
+
+        return live.form.whole(live, unpack)
+
+    @staticmethod
+    def shapes(live: TrainState | Packed) -> TrainState:
+        """`state`, or its shapes: nothing is dispatched."""
+        return live.form.shapes(live) if isinstance(live, Packed) else live
+
+    def places(self, live: TrainState | Packed) -> dict[str, list[int]]:
+        """`Engine.places` of a state as training takes it."""
+        if not isinstance(live, Packed):
+            return self._engine.places(live)
+        return dict(zip(live.form.names, self._engine.places(live.arrays).values(), strict=True))
 
     def train(
-        self, state: TrainState, seq: jax.Array, block: Block, start: int, count: int
-    ) -> tuple[TrainState, jax.Array, Scalars, Any]:
+        self, live: TrainState | Packed, seq: jax.Array, block: Block, start: int, count: int
+    ) -> tuple[TrainState | Packed, jax.Array, Scalars, Any]:
         """Dispatches `count` steps from a block's batch `start` on; see `learnax.step.train_many`."""
-        args = self._train_args(state, seq, block.device, start, count)
+        args = self._train_args(live, seq, block.device, start, count)
         return self._engine.program(self._train, block.signature, args)(*args)
 
     def evaluated(self, state: TrainState) -> TrainState:
@@ -113,27 +149,33 @@ class Programs:
 
     def prepare(
         self,
-        state: TrainState,
+        live: TrainState | Packed,
         seq: jax.Array,
         blocks: Mapping[str, PyTree],
         tails: Mapping[str, int],
         more: Iterable[Wanted] = (),
+        *,
+        looked_at: bool,
     ) -> None:
         """Compiles what a run will need, side by side.
 
         Args:
-            state: the training state.
-            seq: the random sequence.
+            live: the state as training takes it.
+            seq: the numbers of the random sequence.
             blocks: split -> the shapes of its blocks; all but `train` are evaluated.
             tails: split -> data of its last batch, where that is not full.
             more: other programs.
+            looked_at: whether anything looks at the state while the run goes on.
         """
         wanted = list(more)
-        seen = evaluated(state.params, state)
+        shapes = self.shapes(live)
+        seen = evaluated(shapes.params, shapes)
+        if looked_at and isinstance(live, Packed):
+            wanted.append(self._unpack(live.form, live.form.shared(live)))
         for name, block in blocks.items():
             signature = signature_of(block)
             if name == "train":
-                wanted.append((self._train, signature, self._train_args(state, seq, block, 0, 1)))
+                wanted.append((self._train, signature, self._train_args(live, key_data(seq), block, 0, 1)))
                 continue
             wanted.append((self._evaluate, signature, self._evaluate_args(seen, seq, block, 1, 1)))
             if tails[name] and not self._recipe.by_datum:
@@ -182,14 +224,27 @@ class Programs:
             return (jax.tree.map(lambda average, own: average.astype(own.dtype), state.ema, state.params),)
         return (evaluation_params(state.params, state.opt_state),)
 
+    @staticmethod
+    def _unpack(form: Form, arrays: Sequence[Any]) -> Wanted:
+        kind = Kind("unpack", lambda arrays: (form.small(arrays),), (SAME,), (SAME,), whole=True)
+        return kind, form, (arrays,)
+
     def _train_args(
-        self, state: TrainState, seq: jax.Array, batches: PyTree, start: int, count: int
+        self, live: TrainState | Packed, seq: jax.Array, batches: PyTree, start: int, count: int
     ) -> tuple[Any, ...]:
         scalar = self._engine.scalar
-        return state, seq, batches, scalar(start), scalar(count)
+        return live, seq, batches, scalar(start), scalar(count)
 
     def _evaluate_args(
         self, state: TrainState, seq: jax.Array, batches: PyTree, count: int, size: int
     ) -> tuple[Any, ...]:
         scalar = self._engine.scalar
         return state, seq, batches, scalar(count), scalar(size)
+
+
+def _canonical(leaf: Any) -> Any:
+    """A leaf as an array of the type that devices will hold."""
+    if isinstance(leaf, jax.Array) or is_key(leaf):
+        return leaf
+    array = np.asarray(leaf)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
