@@ -122,12 +122,11 @@ class Parts:
         blocks = {name: shapes((self.loaders[name].room, size), first[name].arguments) for name in first}
         samplers = [show for show in self.hooks.shows if isinstance(show, Sampler)]
         batch = shapes((size,), first["train"].arguments)
-        progress, hooks = self.progress, self.hooks
+        progress = self.progress
         seen = evaluated(progress.shapes.params, progress.shapes)
         more = [sampler.wanted(seen, batch) for sampler in samplers]
         tails = {name: self.loaders[name].size % size for name in first}
-        looked_at = bool(hooks.shows or hooks.saves or hooks.ends or len(blocks) > 1)
-        self.programs.prepare(progress.live, progress.seq, blocks, tails, more, looked_at=looked_at)
+        self.programs.prepare(progress.live, progress.seq, blocks, tails, more)
 
     def sync(self) -> None:
         """Puts the trained values into the user's object, where that holds values."""

@@ -101,7 +101,6 @@ class Progress:
         checkpointer: has what a run goes on from; or None.
 
     Attributes:
-        live: the state as training takes it; None before there is one.
         seq_data: the numbers of the random sequence.
         position: the place in the data.
         places: where the state's arrays lie, until the first dispatch on it has shown which it updates in place.
@@ -122,35 +121,39 @@ class Progress:
         self._engine = engine
         self._log = log
         self._checkpointer = checkpointer
-        self.live: TrainState | Packed | None = None
+        self._live: TrainState | Packed | None = None
         self._seen: TrainState | None = None  # what the live state came to when it was looked at
         self.seq = engine.put(key_pair(settings.seed)[0], SAME)
         self.position = Position()
         self.places: dict[str, list[int]] = {}
 
     @property
+    def live(self) -> TrainState | Packed:
+        """The state as training takes it."""
+        assert self._live is not None
+        return self._live
+
+    @property
     def state(self) -> TrainState:
         """The live state, made of what is packed the first time that it is looked at."""
         if self._seen is None:
-            assert self.live is not None
             self._seen = self._programs.state(self.live)
         return self._seen
-
-    def look(self) -> TrainState:
-        """`state`."""
-        return self.state
 
     @state.setter
     def state(self, given: Any) -> None:
         given = as_train_state(given)
         self._seen = None
-        self.live = self._programs.live(given._replace(step=np.int32(given.step)))
-        self.places = self._programs.places(self.live)
+        self._live = self._programs.live(given._replace(step=np.int32(given.step)))
+        self.places = self._programs.places(self._live)
+
+    def look(self) -> TrainState:
+        """`state`."""
+        return self.state
 
     @property
     def shapes(self) -> TrainState:
         """Those of the live state: to ask for them dispatches nothing."""
-        assert self.live is not None
         return self._programs.shapes(self.live)
 
     @property
@@ -164,7 +167,7 @@ class Progress:
 
     def advance(self, live: TrainState | Packed, seq_data: jax.Array, batches: int) -> None:
         """Takes over what a dispatch has made of the state, from so many batches."""
-        self.live, self.seq_data, self._seen = live, seq_data, None
+        self._live, self.seq_data, self._seen = live, seq_data, None
         self.position.batch += batches
 
     def begin_epoch(self, epoch: int) -> None:
@@ -200,7 +203,7 @@ class Progress:
             self.state = state
             self._log.step = int(as_train_state(state).step)
             self.begin_epoch(0)
-        if self.live is None and not self._load():
+        if self._live is None and not self._load():
             self.state = self._origin.state()
 
     def resume_point(self) -> dict[str, Any]:

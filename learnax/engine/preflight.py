@@ -39,7 +39,7 @@ class Preflight:
         plan: steps in a dispatch, and why.
         data: where each split is read.
         copied: arrays of the state, by name, that a step does not update in place.
-        arrays: arrays of the state.
+        arrays: arrays that a step takes the state in.
         step_s: seconds of a training step, of several in one dispatch where that is planned.
         read_s: seconds in which the data of a step are read and sent.
         validation_s: seconds of a validation.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -73,6 +73,8 @@ class Programs:
         self._update = Kind("update", functools.partial(update, recipe), (layout, SAME, SPLIT), (layout, SAME, SPLIT))
         self._weights = Kind("weights", self._own_weights, (layout,), (engine.params_layout,), whole=True)
         self._form: Form | None = None
+        # No step of the run, so it is not counted with these, and compiled where it is first asked for.
+        self._small = jax.jit(Form.small, static_argnums=0, out_shardings=engine.sharding(SAME))
 
     def live(self, state: TrainState) -> TrainState | Packed:
         """A state as training takes it: in arrays that are no one else's, and packed where it may be."""
@@ -86,14 +88,7 @@ class Programs:
 
     def state(self, live: TrainState | Packed) -> TrainState:
         """The state that training has: small leaves are new arrays, large ones those that the next step takes over."""
-        if not isinstance(live, Packed):
-            return live
-
-        def unpack(arrays: Sequence[Any]) -> Sequence[Any]:
-            (leaves,) = self._engine.program(*self._unpack(live.form, arrays))(arrays)
-            return leaves
-
-        return live.form.whole(live, unpack)
+        return live.form.whole(live, self._small) if isinstance(live, Packed) else live
 
     @staticmethod
     def shapes(live: TrainState | Packed) -> TrainState:
@@ -154,8 +149,6 @@ class Programs:
         blocks: Mapping[str, PyTree],
         tails: Mapping[str, int],
         more: Iterable[Wanted] = (),
-        *,
-        looked_at: bool,
     ) -> None:
         """Compiles what a run will need, side by side.
 
@@ -165,13 +158,10 @@ class Programs:
             blocks: split -> the shapes of its blocks; all but `train` are evaluated.
             tails: split -> data of its last batch, where that is not full.
             more: other programs.
-            looked_at: whether anything looks at the state while the run goes on.
         """
         wanted = list(more)
         shapes = self.shapes(live)
         seen = evaluated(shapes.params, shapes)
-        if looked_at and isinstance(live, Packed):
-            wanted.append(self._unpack(live.form, live.form.shared(live)))
         for name, block in blocks.items():
             signature = signature_of(block)
             if name == "train":
@@ -223,11 +213,6 @@ class Programs:
         if self._by_average and state.ema is not None:
             return (jax.tree.map(lambda average, own: average.astype(own.dtype), state.ema, state.params),)
         return (evaluation_params(state.params, state.opt_state),)
-
-    @staticmethod
-    def _unpack(form: Form, arrays: Sequence[Any]) -> Wanted:
-        kind = Kind("unpack", lambda arrays: (form.small(arrays),), (SAME,), (SAME,), whole=True)
-        return kind, form, (arrays,)
 
     def _train_args(
         self, live: TrainState | Packed, seq: jax.Array, batches: PyTree, start: int, count: int

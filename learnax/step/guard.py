@@ -187,8 +187,9 @@ def _guarded(step: _Step, state: TrainState, sound: jax.Array) -> TrainState:
 
     if step.recipe.selects:
         return jax.tree.map(lambda n, o: jnp.where(sound, n, o), made(state), state)
-    update = lambda carry: (jnp.asarray(False), made(carry[1]))  # noqa: E731
-    return jax.lax.while_loop(lambda carry: carry[0], update, (sound, state))[1]
+    close, opened = step.packing.close, step.packing.opened
+    update = lambda carry: (jnp.asarray(False), close(made(opened(carry[1]))))  # noqa: E731
+    return opened(jax.lax.while_loop(lambda carry: carry[0], update, (sound, close(state)))[1])
 
 
 def averaged(recipe: Recipe, old: TrainState, params: PyTree) -> PyTree:

@@ -7,6 +7,7 @@ program each of many small leaves costs an operation of its own.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class Form:
     """
 
     def __init__(self, like: TrainState):
-        self.packing = packing = Packing(like.params, moments=True, params=True)
+        self.packing = packing = _PackingOf(self, like.params)
         self._signature = _signature(like)
         own = like._replace(model_state=None)
         # The model is given what it carries on as it is, whatever that is shaped like.
@@ -47,7 +48,7 @@ class Form:
         self._carried: Any = jax.tree.structure(like.model_state)
         parts = self._split(like)
         self._known = [packing.is_known(part) for part in parts]
-        self._shapes = [None if known else part.shape for part, known in zip(parts, self._known, strict=True)]
+        self._shapes = [() if known else part.shape for part, known in zip(parts, self._known, strict=True)]
         self._groups: dict[Any, list[int]] = {}
         for place, part in enumerate(parts):
             if not self._known[place] and not is_key(part) and part.size <= REST:
@@ -85,25 +86,22 @@ class Form:
             leaves += self.packing.leaves(part) if known else [part]
         return leaves
 
-    def whole(self, packed: Packed, small: Callable[[Sequence[Any]], Sequence[Any]]) -> TrainState:
+    def whole(self, packed: Packed, small: Callable[[Form, Sequence[Any]], Sequence[Any]]) -> TrainState:
         """The state of a packed one: leaves that share an array are new.
 
         Args:
             packed: it.
-            small: the method of this name, compiled.
+            small: the method of this name, or that compiled.
         """
         own = iter([array for array, alone in zip(packed.arrays, self._alone, strict=True) if alone])
-        leaves = small(self.shared(packed))
+        shared = [None if alone else array for array, alone in zip(packed.arrays, self._alone, strict=True)]
+        leaves = small(self, shared)
         return self._joined(self._own, [next(own) if leaf is None else leaf for leaf in leaves])
 
     @staticmethod
     def with_params(function: Callable[[Any], Any], state: TrainState) -> TrainState:
         """A state, with a function applied to its parameters, and to their average where there is one."""
         return state._replace(params=function(state.params), ema=None if state.ema is None else function(state.ema))
-
-    def shared(self, packed: Packed) -> list[Any]:
-        """The arrays that hold several leaves, and None in place of the others."""
-        return [None if alone else array for array, alone in zip(packed.arrays, self._alone, strict=True)]
 
     def map_small(self, function: Callable[[Any], Any], state: TrainState) -> TrainState:
         """A state, with a function applied to each leaf that shares an array with others."""
@@ -114,7 +112,7 @@ class Form:
 
     def shapes(self, packed: Packed) -> TrainState:
         """Those of the state that a packed one is of."""
-        shapes: TrainState = jax.eval_shape(lambda packed: self.whole(packed, self.small), packed)
+        shapes: TrainState = jax.eval_shape(lambda packed: self.whole(packed, Form.small), packed)
         return shapes
 
     def _split(self, state: TrainState) -> list[Any]:
@@ -147,7 +145,7 @@ class Form:
         for group in self._groups.values():
             vector, start = next(rest), 0
             for place in group:
-                size = int(np.prod(self._shapes[place]))
+                size = math.prod(self._shapes[place])
                 parts[place] = vector[start : start + size].reshape(self._shapes[place])
                 start += size
         return parts
@@ -166,6 +164,20 @@ class Form:
             elif place not in self._grouped:
                 names.append((parts[place][0], True))
         return names + [(parts[group[0]][0], False) for group in self._groups.values()]
+
+
+class _PackingOf(Packing):
+    """Of a state that has a form."""
+
+    def __init__(self, form: Form, like: Any):
+        super().__init__(like, moments=True, params=True)
+        self._form = form
+
+    def close(self, state: TrainState) -> Packed:
+        return self._form.close(state)
+
+    def opened(self, carried: Packed) -> TrainState:
+        return carried.opened()
 
 
 def _signature(state: TrainState) -> tuple[Any, list[Any]]:

@@ -62,6 +62,14 @@ class Packing:
         """How many a packed tree has."""
         return 1 + self._rows.count(0)
 
+    def close(self, state: Any) -> Any:
+        """A training state, so packed, as a loop carries it: in fewer arrays where there is a form for it."""
+        return state
+
+    def opened(self, carried: Any) -> Any:
+        """The inverse of `close`."""
+        return carried
+
     def pack(self, tree: PyTree) -> list[Any]:
         """A tree, packed; small leaves that are numpy arrays into another one."""
         leaves = jax.tree.leaves(tree)
