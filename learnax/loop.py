@@ -61,12 +61,12 @@ class Loop:
 
     def _train_block(self, block: Block) -> None:
         """Trains on a block's batches, in dispatches that are cut where something is due."""
-        start, batches = block.first, self._settings.accumulate_steps
-        while start < len(block):
+        start, end, batches = block.first, len(block), self._settings.accumulate_steps
+        while start < end:
             step = self._log.step_at_most
             edge = min(self._profiler.next_due(step), self._hooks.next_due(step))
             room = min(self._parts.plan.room, self._profiler.room(step, self._progress.position.epoch))
-            count = int(min((len(block) - start) // batches, room, edge - step))
+            count = int(min((end - start) // batches, room, edge - step))
             outputs = self._dispatch(block, start, count)
             start += count * batches
             # Where an update turns out to have been dropped, the step count falls back, and another edge may be next.

@@ -236,6 +236,7 @@ class Parts:
             self.processes,
             settings.batch_size * settings.accumulate_steps,
             settings.max_dropped,
+            on_host=self.engine.devices[0].platform == "cpu",
         )
 
     def _checkpointer(self) -> Checkpointer | None:
