@@ -349,7 +349,7 @@ class Learnax:
             num_epochs=100_000,
             batch_size=workload.batch_size,
             num_workers=workload.num_workers,
-            **extra,
+            **{"steps_per_execution": workload.fused, **extra},
         )
         self.trainer.go, self.trainer.done = queue.SimpleQueue(), queue.SimpleQueue()
         self._thread = threading.Thread(target=self._train, name="learnax", daemon=True)
@@ -424,6 +424,8 @@ def why_not(opponent: str, workload: Workload) -> str | None:
     """Why an opponent does not take part, or None."""
     if opponent == "hand-fused" and workload.live:
         return "its data are read as it goes"
+    if opponent == "hand-fused" and workload.fused == 1:
+        return "it makes one step a dispatch"
     if opponent == "linen" and workload.twin is None:
         return "it is of linen itself"
     if opponent.startswith("keras"):
