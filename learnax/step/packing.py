@@ -122,7 +122,8 @@ class Packing:
         small = iter(jnp.sum(jnp.stack(each), axis=1)) if each else iter(())
         large = iter(jnp.sum(jnp.square(jnp.abs(leaf).astype(jnp.float32))) for leaf in packed[1:])
         sums = [next(small if count else large) for count in self._rows]
-        return jnp.stack(sums) if sums else jnp.zeros(0)
+        # The barrier keeps them together: to take one out, the compiler would make its sum by itself once more.
+        return jax.lax.optimization_barrier(jnp.stack(sums)) if sums else jnp.zeros(0)
 
     def is_known(self, tree: Any) -> bool:
         """Whether a part of an optimiser's state is packed: it is shaped like the parameters."""
