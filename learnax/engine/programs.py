@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,8 +73,6 @@ class Programs:
         self._update = Kind("update", functools.partial(update, recipe), (layout, SAME, SPLIT), (layout, SAME, SPLIT))
         self._weights = Kind("weights", self._own_weights, (layout,), (engine.params_layout,), whole=True)
         self._form: Form | None = None
-        # No step of the run, so it is not counted with these, and compiled where it is first asked for.
-        self._small = jax.jit(Form.small, static_argnums=0, out_shardings=engine.sharding(SAME))
 
     def live(self, state: TrainState) -> TrainState | Packed:
         """A state as training takes it: in arrays that are no one else's, and packed where it may be."""
@@ -87,8 +85,21 @@ class Programs:
         return engine.own(self._form.pack(self._form.map_small(np.asarray, state)))
 
     def state(self, live: TrainState | Packed) -> TrainState:
-        """The state that training has: small leaves are new arrays, large ones those that the next step takes over."""
-        return live.form.whole(live, self._small) if isinstance(live, Packed) else live
+        """The state that training has: small leaves are new arrays, large ones those that the next step takes over.
+
+        Waits for the steps in flight, where it is packed.
+        """
+        if not isinstance(live, Packed):
+            return live
+
+        # On the host: a program of as many results as there are leaves takes longer to compile than many looks take.
+        def small(form: Form, arrays: Sequence[Any]) -> list[Any]:
+            # Copies: a view of a device's memory would keep the next step from updating it in place.
+            leaves = form.small([None if array is None else np.array(array) for array in arrays])
+            put: list[Any] = self._engine.put(leaves, SAME)
+            return put
+
+        return live.form.whole(live, small)
 
     @staticmethod
     def shapes(live: TrainState | Packed) -> TrainState:

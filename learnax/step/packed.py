@@ -91,7 +91,7 @@ class Form:
 
         Args:
             packed: it.
-            small: the method of this name, or that compiled.
+            small: the method of this name, or what puts its result where it is wanted.
         """
         own = iter([array for array, alone in zip(packed.arrays, self._alone, strict=True) if alone])
         shared = [None if alone else array for array, alone in zip(packed.arrays, self._alone, strict=True)]
