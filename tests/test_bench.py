@@ -238,7 +238,8 @@ def test_learnax_and_the_hand_written_loop_compute_the_same_losses(name, fused, 
     assert not fused or why_not("hand-fused", work) is None
     for each in theirs:
         np.testing.assert_allclose(losses[:16], each[:16], rtol=1e-4, atol=1e-4)
-    assert losses[15] < losses[0]
+    half = len(losses) // 2
+    assert np.mean(losses[half:]) < np.mean(losses[:half])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="no keras")

@@ -65,7 +65,9 @@ def test_a_state_comes_back_as_it_was():
 def test_what_is_in_each_array():
     state = make_state()
     form = Form(state)
-    sizes = dict(zip(form.names, (array.size for array in form.pack(state).arrays), strict=True))
+    arrays = form.pack(state).arrays
+    sizes = {paths[0]: array.size for paths, array in zip(form.held, arrays, strict=True)}
+    assert sorted(path for paths in form.held for path in paths) == sorted(form.paths)
     assert sizes == {
         "params/bias": 3 * ROW,
         "params/large": SMALL + 1,

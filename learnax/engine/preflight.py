@@ -39,7 +39,7 @@ class Preflight:
         plan: steps in a dispatch, and why.
         data: where each split is read.
         copied: arrays of the state, by name, that a step does not update in place.
-        arrays: arrays that a step takes the state in.
+        arrays: arrays of the state.
         step_s: seconds of a training step, of several in one dispatch where that is planned.
         read_s: seconds in which the data of a step are read and sent.
         validation_s: seconds of a validation.
@@ -158,7 +158,7 @@ class Flight:
             plan=self._plan,
             data=tuple(str(loader) for loader in self._loaders.values()),
             copied=copied,
-            arrays=len(jax.tree.leaves(live)),
+            arrays=len(leaves_by_path(state)),
             step_s=step_s,
             read_s=read_s,
             validation_s=validation_s,

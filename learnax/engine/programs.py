@@ -107,10 +107,12 @@ class Programs:
         return live.form.shapes(live) if isinstance(live, Packed) else live
 
     def places(self, live: TrainState | Packed) -> dict[str, list[int]]:
-        """`Engine.places` of a state as training takes it."""
+        """`Engine.places` of a state as training takes it: leaves that share an array lie where that does."""
         if not isinstance(live, Packed):
             return self._engine.places(live)
-        return dict(zip(live.form.names, self._engine.places(live.arrays).values(), strict=True))
+        arrays = zip(live.form.held, self._engine.places(live.arrays).values(), strict=True)
+        found = {path: places for paths, places in arrays for path in paths}
+        return {path: found[path] for path in live.form.paths}
 
     def train(
         self, live: TrainState | Packed, seq: jax.Array, block: Block, start: int, count: int

@@ -35,7 +35,8 @@ class Form:
 
     Attributes:
         packing: of what is shaped like the parameters.
-        names: of the arrays, for people; of one that holds several leaves, the first one's.
+        paths: of all leaves, in the state's order.
+        held: by array, the paths of its leaves.
     """
 
     def __init__(self, like: TrainState):
@@ -58,9 +59,10 @@ class Form:
         self._shared: list[bool] = []
         for place, known in enumerate(self._known):
             self._shared += packing.small if known else [place in self._grouped]
-        names = self._names(list(leaves_by_path(like)))
-        self.names = [name for name, _ in names]
-        self._alone = [alone for _, alone in names]
+        self.paths = list(leaves_by_path(like))
+        told = self._told(self.paths)
+        self.held = [paths for paths, _ in told]
+        self._alone = [alone for _, alone in told]
 
     def fits(self, state: TrainState) -> bool:
         """Whether this is the form of such a state."""
@@ -150,20 +152,20 @@ class Form:
                 start += size
         return parts
 
-    def _names(self, paths: list[str]) -> list[tuple[str, bool]]:
-        """Of each array: its name, and whether it is a leaf of its own."""
+    def _told(self, paths: list[str]) -> list[tuple[list[str], bool]]:
+        """Of each array: the paths of its leaves, and whether it is a leaf of its own."""
         carried = [path for path in paths if path.split("/")[0] == "model_state"]
         rest = iter([path for path in paths if path not in set(carried)] + carried)
         parts = [[next(rest) for _ in (self.packing.paths if known else (0,))] for known in self._known]
-        names: list[tuple[str, bool]] = []
+        told: list[tuple[list[str], bool]] = []
         for place, known in enumerate(self._known):
             if known:
                 pairs = list(zip(parts[place], self.packing.small, strict=True))
-                names.append((next(path for path, small in pairs if small), False))
-                names += [(path, True) for path, small in pairs if not small]
+                told.append(([path for path, small in pairs if small], False))
+                told += [([path], True) for path, small in pairs if not small]
             elif place not in self._grouped:
-                names.append((parts[place][0], True))
-        return names + [(parts[group[0]][0], False) for group in self._groups.values()]
+                told.append((parts[place], True))
+        return told + [([parts[place][0] for place in group], False) for group in self._groups.values()]
 
 
 class _PackingOf(Packing):
