@@ -167,7 +167,7 @@ class Programs:
 
         Args:
             live: the state as training takes it.
-            seq: the numbers of the random sequence.
+            seq: the random sequence.
             blocks: split -> the shapes of its blocks; all but `train` are evaluated.
             tails: split -> data of its last batch, where that is not full.
             more: other programs.
