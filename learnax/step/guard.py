@@ -180,7 +180,7 @@ def _all(conditions: list[jax.Array]) -> jax.Array:
 
 
 def _updates(step: _Step, state: TrainState) -> tuple[PyTree, Any]:
-    """The optimiser's updates of what is trained, from clipped gradients, and its new state, packed as it came."""
+    """The optimiser's updates of what is trained, from clipped gradients, and its new state, both packed as it came."""
     recipe, packing, norm = step.recipe, step.packing, step.norm
     scale = jnp.where(norm > recipe.max_grad, recipe.max_grad / norm, jnp.ones_like(norm))
     # In float32 at least: a small scale is 0 in half precision.
@@ -188,7 +188,7 @@ def _updates(step: _Step, state: TrainState) -> tuple[PyTree, Any]:
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic is not clean under "strict"
         if packing.moments:
             updates, opt_state = recipe.optimizer.update(grads, state.opt_state)
-            return packing.unpack(updates), opt_state
+            return updates if packing.params else packing.unpack(updates), opt_state
         trained, _ = split(recipe.optimizer, state.params)
         return asked_update(recipe.optimizer, packing.unpack(grads), state.opt_state, trained, step.extra)
 
@@ -217,8 +217,9 @@ def _guarded(step: _Step, state: TrainState, sound: jax.Array) -> TrainState:
 
     if step.recipe.selects:
         return jax.tree.map(lambda n, o: jnp.where(sound, n, o), made(state), state)
-    update = lambda carry: (jnp.asarray(False), made(carry[1]))  # noqa: E731
-    return jax.lax.while_loop(lambda carry: carry[0], update, (sound, state))[1]
+    close, opened = step.packing.close, step.packing.opened
+    update = lambda carry: (jnp.asarray(False), close(made(opened(carry[1]))))  # noqa: E731
+    return opened(jax.lax.while_loop(lambda carry: carry[0], update, (sound, close(state)))[1])
 
 
 def averaged(recipe: Recipe, old: TrainState, params: PyTree) -> PyTree:
