@@ -80,15 +80,8 @@ class Programs:
         if not self._packs(state):
             return engine.own(state, engine.layout)
         if self._form is None or not self._form.fits(state):
-            self._form = Form(state, aligned=self._recipe.selects)
+            self._form = Form(state)
         return engine.own(self._form.pack(self._form.map_small(np.asarray, state)))
-
-    def live_shapes(self, shapes: TrainState) -> TrainState | Packed:
-        """`live` of a state's shapes."""
-        if not self._packs(shapes):
-            return shapes
-        packed: Packed = jax.eval_shape(Form(shapes, aligned=self._recipe.selects).pack, shapes)
-        return packed
 
     def _packs(self, state: TrainState) -> bool:
         # What lies in parts is no vector; and of several processes, one alone may look at its state.

@@ -64,7 +64,7 @@ class Fitting:
         engine = Remote(target)
         draft = Draft(self.settings, self.traced, self.first, engine)
         seq = jax.eval_shape(lambda: jax.random.key(0))
-        wanted = draft.wanted(draft.programs.live_shapes(draft.origin.shapes()), seq, self.sizes)
+        wanted = draft.wanted(draft.origin.shapes(), seq, self.sizes)
         return Fit(target, compiled_for(engine, wanted, target.card), self._data(draft, target), draft.plan)
 
     def _data(self, draft: Draft, target: Target) -> int:

@@ -216,11 +216,9 @@ def _taken(
     recipe: Recipe, room: int, live: TrainState | Packed
 ) -> tuple[Packing, TrainState, Callable[[TrainState], TrainState | Packed]]:
     """How a program packs gradients and moments, the state so packed, and what makes it like the given one again."""
-    # On other devices than a CPU, whose compilers do not gain, a branch is one that the host waits for.
-    told = recipe.selects
     if isinstance(live, Packed):
         form, state = live.form, live.opened()
-        packing = form.packing if told else form.packing.at(state.step)
+        packing = form.packing.at(state.step)
         if room == 1:
             return packing, state, form.close
         # In a loop the model would take its parameters out of their vector in each turn.
@@ -229,14 +227,15 @@ def _taken(
         def close(state: TrainState) -> Packed:
             return form.close(form.with_params(form.packing.pack, state))
 
-        step = None if told else state.step
-        return Packing(plain.params, moments=True, step=step, aligned=told), plain, close
+        return Packing(plain.params, moments=True, step=state.step), plain, close
     # Moments can be packed where the optimiser treats each element alone, as the default one does; another one may
     # not. For a single step, packing costs more than it saves.
     apart = room == 1 and recipe.shards == 1 and not recipe.selects
     trained, _ = split(recipe.optimizer, live.params)
-    moments, step = recipe.trusted and room > 1, None if told else live.step
-    packing = Packing(trained, moments=moments, apart=apart, step=step, aligned=told)
+    # On other devices than a CPU, whose compilers do not gain, a branch is one that the host waits for.
+    step = None if recipe.selects else live.step
+    moments = recipe.trusted and room > 1
+    packing = Packing(trained, moments=moments, apart=apart, step=step, aligned=recipe.selects)
     given = live.opt_state
 
     def unpacked(state: TrainState) -> TrainState:
