@@ -21,6 +21,8 @@ from bench.results import Results
 from bench.workloads import OPTIMIZERS, SIZES, makers
 
 ROUNDS = {
+    "tiny-26": 15,
+    "tiny-86": 15,
     "mlp-128": 15,
     "nnx-mlp": 15,
     "equinox-mlp": 15,

@@ -376,15 +376,15 @@ class Learnax:
     def _one(self) -> Callable[[], None]:
         """On a state of its own: the program takes over what it is given."""
         trainer, engine = self.trainer, self.trainer.engine
-        state, seq = engine.own(trainer.train_state, engine.layout), trainer.rng_seq
+        live, seq = trainer.programs.live(trainer.train_state), jax.random.key_data(trainer.rng_seq)
         block = next(iter(trainer.loaders["train"].blocks()))
         start, count = engine.scalar(0), engine.scalar(1)
         (program,) = [program for (kind, _), program in engine.programs.items() if kind == "train"]
 
         def one() -> None:
-            nonlocal state, seq
-            state, seq, scalars, _ = program(state, seq, block.device, start, count)
-            jax.block_until_ready((state, scalars.values))
+            nonlocal live, seq
+            live, seq, scalars, _ = program(live, seq, block.device, start, count)
+            jax.block_until_ready((live, scalars.values))
 
         return one
 
@@ -420,6 +420,8 @@ def why_not(opponent: str, workload: Workload) -> str | None:
     """Why an opponent does not take part, or None."""
     if opponent == "hand-fused" and workload.live:
         return "its data are read as it goes"
+    if opponent == "hand-fused" and workload.fused == 1:
+        return "it makes one step a dispatch"
     if opponent == "linen" and workload.twin is None:
         return "it is of linen itself"
     if opponent.startswith("keras"):

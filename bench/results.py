@@ -13,6 +13,8 @@ import numpy as np
 from bench.stats import Ratio, bootstrap_ratio
 
 TARGETS = {
+    ("tiny-26", "learnax", "hand"): 1.25,
+    ("tiny-86", "learnax", "hand"): 1.25,
     ("mlp-128", "learnax", "hand"): 0.60,
     ("mlp-128", "learnax", "hand-fused"): 1.10,
     ("mlp-128", "learnax", "keras-16"): 0.65,

@@ -38,6 +38,7 @@ class Workload:
         kind: the idiom of a loop written by hand, see `bench.opponents.HANDS`.
         twin: a workload of the same computation in flax linen, which learnax is measured against.
         optimizer: makes an optimiser of the learning rate; None is Adam. With one, the loop written by hand clips, too.
+        fused: steps in learnax's dispatches, as its argument `steps_per_execution` has them.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Workload:
     kind: str = "linen"
     twin: Callable[[], Workload] | None = None
     optimizer: Callable[[float], optax.GradientTransformation] | None = None
+    fused: int | str = "auto"
 
     def arguments(self, datum: Any) -> list[Any]:
         """A datum or a batch as the model's arguments."""
@@ -83,15 +85,16 @@ class Workload:
 
 
 class MLP(nn.Module):
-    """Three dense layers; the target rides along."""
+    """Three dense layers, or as many as it is told; the target rides along."""
 
     width: int
+    layers: int = 3
 
     @nn.compact
     def __call__(self, x: Any, y: Any) -> Any:
         """The prediction."""
-        x = nn.relu(nn.Dense(self.width)(x))
-        x = nn.relu(nn.Dense(self.width)(x))
+        for _ in range(self.layers - 1):
+            x = nn.relu(nn.Dense(self.width)(x))
         return nn.Dense(OUT)(x)
 
 
@@ -114,6 +117,17 @@ def mlp(width: int, steps: int) -> Workload:
         return keras.Sequential([keras.Input((IN,)), *hidden, keras.layers.Dense(OUT)]), "mse"
 
     return Workload(f"mlp-{width}", MLP(width), squared_error, data, 64, steps, keras=in_keras)
+
+
+def tiny(leaves: int, steps: int) -> Workload:
+    """An MLP of width 8 whose training state has so many leaves, one step a dispatch: all of it is the host."""
+    rng = np.random.default_rng(0)
+    xs = rng.normal(size=(8 * steps, 8)).astype(np.float32)
+    ys = np.tanh(xs @ rng.normal(size=(8, OUT)).astype(np.float32) / 8)
+    data = [[x, y] for x, y in zip(xs, ys, strict=True)]
+    # A layer has a kernel and a bias, and Adam two moments of each; the other leaves are counts and hyperparameters.
+    model = MLP(8, (leaves - 8) // 6)
+    return Workload(f"tiny-{leaves}", model, squared_error, data, 8, steps, fused=1)
 
 
 def nnx_mlp(width: int, steps: int) -> Workload:
@@ -397,6 +411,8 @@ def makers(scale: str, quick: bool) -> dict[str, Callable[[], Workload]]:
     }
     return {
         **others,
+        "tiny-26": functools.partial(tiny, 26, 128 if quick else 2048),
+        "tiny-86": functools.partial(tiny, 86, 128 if quick else 2048),
         "mlp-128": functools.partial(mlp, 128, narrow),
         "mlp-2048": functools.partial(mlp, 2048, wide),
         "mlp-4096": functools.partial(mlp, 4096, 32 if quick else 64),

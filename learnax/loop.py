@@ -43,7 +43,7 @@ class Loop:
                 self.parts.compile()
             else:
                 self._tell_complete()
-            params = jax.tree.leaves(self._progress.state.params)
+            params = jax.tree.leaves(self._progress.shapes.params)
             self._log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
             for epoch in range(self._progress.position.epoch, self._settings.num_epochs):
                 train_epoch(epoch)
@@ -62,12 +62,12 @@ class Loop:
 
     def _train_block(self, block: Block) -> None:
         """Trains on a block's batches, in dispatches that are cut where something is due."""
-        start, batches = block.first, self._settings.accumulate_steps
-        while start < len(block):
+        start, end, batches = block.first, len(block), self._settings.accumulate_steps
+        while start < end:
             step = self._log.step_at_most
             edge = min(self._profiler.next_due(step), self._hooks.next_due(step))
             room = min(self.parts.plan.room, self._profiler.room(step, self._progress.position.epoch))
-            count = int(min((len(block) - start) // batches, room, edge - step))
+            count = int(min((end - start) // batches, room, edge - step))
             outputs = self._dispatch(block, start, count)
             start += count * batches
             # Where an update turns out to have been dropped, the step count falls back, and another edge may be next.
@@ -81,10 +81,10 @@ class Loop:
         first = bool(self._progress.places)
         phase = self._phases.first if first else self._phases.dispatch
         with self._profiler.steps(self._log.step_at_most, count), phase:
-            state, seq, scalars, outputs = self._programs.train(
-                self._progress.state, self._progress.seq, block, start, count
+            live, seq, scalars, outputs = self._programs.train(
+                self._progress.live, self._progress.seq_data, block, start, count
             )
-            self._progress.advance(state, seq, count * self._settings.accumulate_steps)
+            self._progress.advance(live, seq, count * self._settings.accumulate_steps)
             if first:
                 self._progress.check_first()
         self._log.push(scalars, count, self._progress.position.epoch)
@@ -107,7 +107,7 @@ class Loop:
                 return  # this update was dropped: what is due at the step before it is done already
             step, epoch = self._log.step, self._progress.position.epoch
             shows = due(self._hooks.shows, step)
-            moment = Moment(step, epoch, self._progress.state, metrics=metrics)
+            moment = Moment(step, epoch, self._progress.look, metrics=metrics)
             if shows:
                 outputs = self._engine.whole(outputs)
                 moment = dataclasses.replace(moment, batch=self._batch(block, batch), outputs=outputs)
@@ -121,7 +121,7 @@ class Loop:
         """Validates where that is due, keeps the epoch's means, and does what is due after it."""
         marks, seq = self._progress.position.marks, self._progress.seq
         means = {"train": self._log.training_means(marks)}
-        moment = Moment(self._log.step, epoch, self._progress.state)
+        moment = Moment(self._log.step, epoch, self._progress.look)
         if self.parts.validation.next_due(epoch) == epoch + 1:
             validated, seq = self.parts.validation(moment, seq)
             means |= validated

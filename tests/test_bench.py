@@ -210,6 +210,7 @@ def workload(name):
 @pytest.mark.parametrize(
     ("name", "fused"),
     [
+        ("tiny-26", False),
         ("mlp-128", True),
         ("digits", False),
         ("gpt", True),
@@ -218,7 +219,7 @@ def workload(name):
         ("nnx-mlp", True),
         ("equinox-mlp", True),
     ],
-    ids=["mlp-128", "digits", "gpt", "nested-0", "resnet", "nnx-mlp", "equinox-mlp"],
+    ids=["tiny-26", "mlp-128", "digits", "gpt", "nested-0", "resnet", "nnx-mlp", "equinox-mlp"],
 )
 def test_learnax_and_the_hand_written_loop_compute_the_same_losses(name, fused, one_device, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: one_device)
@@ -237,7 +238,8 @@ def test_learnax_and_the_hand_written_loop_compute_the_same_losses(name, fused, 
     assert not fused or why_not("hand-fused", work) is None
     for each in theirs:
         np.testing.assert_allclose(losses[:16], each[:16], rtol=1e-4, atol=1e-4)
-    assert losses[15] < losses[0]
+    half = len(losses) // 2
+    assert np.mean(losses[half:]) < np.mean(losses[:half])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="no keras")

@@ -229,19 +229,19 @@ def pointers(tree):
 
 def test_a_step_updates_the_donated_buffers_in_place(devices):
     trainer = make_trainer(model=Wide(), train_dataset=make_data(8), num_epochs=1, devices=devices)
-    before = trainer.train_state
+    before = trainer.parts.progress.live
     places = pointers(before)
     trainer.epoch(0)
-    assert pointers(trainer.train_state) == places
+    assert pointers(trainer.parts.progress.live) == places
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
 
 
 def test_a_restored_state_is_updated_in_place_too(one_device):
     make_trainer(registry="again", train_dataset=make_data(8), num_epochs=1).train()
     trainer = make_trainer(registry="again", train_dataset=make_data(8), num_epochs=2, load_checkpoint=True)
-    places = pointers(trainer.train_state)
+    places = pointers(trainer.parts.progress.live)
     trainer.epoch(1)
-    assert pointers(trainer.train_state) == places
+    assert pointers(trainer.parts.progress.live) == places
 
 
 @pytest.mark.thorough

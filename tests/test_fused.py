@@ -450,6 +450,6 @@ def test_a_fused_program_updates_all_of_the_state_in_place_and_copies_none_of_it
     for shape in large:
         found = re.search(rf"f32\[{','.join(map(str, shape))}\]\S* copy\(", text)
         assert not found, f"a parameter of shape {shape} is copied"
-    before = trainer.engine.places(trainer.train_state)
+    before = trainer.programs.places(trainer.parts.progress.live)
     trainer.train()
-    assert trainer.engine.places(trainer.train_state) == before
+    assert trainer.programs.places(trainer.parts.progress.live) == before

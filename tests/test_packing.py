@@ -58,6 +58,18 @@ def test_squares_are_those_of_each_leaf(aligned):
         np.testing.assert_allclose(squares[path], np.sum(np.asarray(leaf, np.float64) ** 2), rtol=1e-5)
 
 
+def test_squares_are_summed_together_however_they_are_used():
+    tree = {str(number): jnp.ones(200 + number) for number in range(30)}
+    packing = Packing(tree)
+
+    def used(tree):
+        squares = packing.squares(packing.pack(tree))
+        return jnp.sqrt(squares.sum()), [jnp.sqrt(square) for square in squares]
+
+    text = jax.jit(used).lower(tree).compile().as_text()
+    assert len(re.findall(r" reduce(?:-window)?\(", text)) < 8
+
+
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_in_one_leaf_is_in_no_other(bad, aligned):

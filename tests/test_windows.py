@@ -125,7 +125,7 @@ def cuda(spy, monkeypatch):
         events, made, train = [], 0, trainer.programs.train
 
         def tell(starts):
-            assert all(leaf.is_ready() for leaf in jax.tree.leaves(trainer.train_state))
+            assert all(leaf.is_ready() for leaf in jax.tree.leaves(trainer.parts.progress.live))
             events.append(("start" if starts else "stop", made))
 
         def counted(state, seq, block, start, count):
@@ -357,7 +357,7 @@ def test_a_run_that_is_not_profiled_calls_none_of_it(monkeypatch):
     assert more.pop("profiler.py:next_due") == 1
     assert more.pop("profiler.py:room") == 1
     assert more.pop("profiler.py:steps") == 1
-    assert 1 <= more["phases.py:__enter__"] == more["phases.py:__exit__"] < 4.5
+    assert 1 <= more["phases.py:__enter__"] == more["phases.py:__exit__"] < 3.5
     assert set(more) == {"phases.py:__enter__", "phases.py:__exit__", "phases.py:waiting"} - (
         set() if "phases.py:waiting" in more else {"phases.py:waiting"}
     )

@@ -90,9 +90,10 @@ class Loader:
         if self._resident:
             begin = 0
             for block in self._resident:
-                if begin + len(block) > start:
-                    yield dataclasses.replace(block, first=max(start - begin, 0))
-                begin += len(block)
+                end = begin + len(block)
+                if end > start:
+                    yield block if begin >= start else dataclasses.replace(block, first=start - begin)
+                begin = end
             return
         kept: list[Block] = []
         left = self._budget if start == 0 else 0

@@ -18,6 +18,7 @@ from learnax.engine import Engine
 from learnax.engine.plan import Plan
 from learnax.engine.programs import Programs
 from learnax.profiling.costs import Costs, amount, memory_of
+from learnax.step import Packed
 from learnax.step.state import TrainState
 from learnax.utils import PyTree, key_data, leaves_by_path, tree_bytes
 
@@ -115,11 +116,11 @@ class Flight:
         self._accumulate = accumulate
         self._steps = steps
 
-    def fly(self, state: TrainState, seq: jax.Array, resume: Mapping[str, Any]) -> Preflight:
+    def fly(self, live: TrainState | Packed, seq: jax.Array, resume: Mapping[str, Any]) -> Preflight:
         """Does it, and tells. The state's buffers are used up.
 
         Args:
-            state: the training state.
+            live: the state as training takes it.
             seq: the random sequence.
             resume: what a checkpoint holds beside the state.
 
@@ -127,6 +128,7 @@ class Flight:
             MemoryError: the devices cannot hold the run; nothing was dispatched then.
             OSError: a checkpoint does not come back as it was saved.
         """
+        state = self._programs.state(live)
         params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         state_bytes = tree_bytes(state)
         programs = sorted(self._engine.programs.values(), key=lambda program: program.kind != "train")
@@ -140,7 +142,8 @@ class Flight:
                 "batch_size, with accumulate_steps to make up for it, or more devices make it fit"
             )
         # The steps come first: a look from the host at the state may keep a step from updating it in place.
-        state, step_s, copied = self._train(state, seq, block)
+        live, step_s, copied = self._train(live, key_data(seq), block)
+        state = self._programs.state(live)
         validation_s = sum(self._validation(name, state, seq) for name in self._loaders if name != "train")
         # Over several processes a save needs storage that all share, which a temporary folder is not.
         save_s, restore_s = (None, None) if self._engine.spans else _save_and_restore(state, resume)
@@ -185,18 +188,20 @@ class Flight:
     def _kept(self, block: Block) -> int:
         return self._loaders["train"].kept(block) // len(self._engine.devices)
 
-    def _train(self, state: TrainState, seq: jax.Array, block: Block) -> tuple[TrainState, float, tuple[str, ...]]:
+    def _train(
+        self, live: TrainState | Packed, seq: jax.Array, block: Block
+    ) -> tuple[TrainState | Packed, float, tuple[str, ...]]:
         """The state after some steps, seconds of one, and the arrays that the first did not update in place."""
-        before = self._engine.places(state)
-        state, seq, _, _ = jax.block_until_ready(self._programs.train(state, seq, block, 0, 1))
-        after = self._engine.places(state)
+        before = self._programs.places(live)
+        live, seq, _, _ = jax.block_until_ready(self._programs.train(live, seq, block, 0, 1))
+        after = self._programs.places(live)
         count = min(self._plan.room, len(block) // self._accumulate)
         seconds = []
         for _ in range(_TIMED):
             began = time.perf_counter()
-            state, seq, _, _ = jax.block_until_ready(self._programs.train(state, seq, block, 0, count))
+            live, seq, _, _ = jax.block_until_ready(self._programs.train(live, seq, block, 0, count))
             seconds.append((time.perf_counter() - began) / count)
-        return state, statistics.median(seconds), tuple(name for name in before if before[name] != after[name])
+        return live, statistics.median(seconds), tuple(name for name in before if before[name] != after[name])
 
     def _validation(self, name: str, state: TrainState, seq: jax.Array) -> float:
         """Seconds of a pass over a validation set, by its first block."""

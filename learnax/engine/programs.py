@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from learnax.data import Block, FirstDatum, arranged, signature_of
 from learnax.engine import BATCHES, SAME, SPLIT, Engine, Kind, Wanted
 from learnax.step import (
     AXIS,
+    Form,
+    Packed,
     Recipe,
     Scalars,
     evaluate_many,
@@ -23,11 +25,12 @@ from learnax.step import (
     gradients,
     has_own_evaluation,
     mean_loss,
+    packs,
     train_many,
     update,
 )
 from learnax.step.state import TrainState
-from learnax.utils import PyTree
+from learnax.utils import PyTree, is_key, key_data
 
 Sums = list[tuple[Scalars, int, int]]
 """Parts of losses and metrics, of how many batches (a row each), of how many data."""
@@ -69,12 +72,56 @@ class Programs:
         # Nothing is donated: the caller's state stays usable.
         self._update = Kind("update", functools.partial(update, recipe), (layout, SAME, SPLIT), (layout, SAME, SPLIT))
         self._weights = Kind("weights", self._own_weights, (layout,), (engine.params_layout,), whole=True)
+        self._form: Form | None = None
+
+    def live(self, state: TrainState) -> TrainState | Packed:
+        """A state as training takes it: in arrays that are no one else's, and packed where it may be."""
+        engine, state = self._engine, jax.tree.map(_canonical, state)
+        if not self._packs(state):
+            return engine.own(state, engine.layout)
+        if self._form is None or not self._form.fits(state):
+            self._form = Form(state)
+        return engine.own(self._form.pack(self._form.map_small(np.asarray, state)))
+
+    def _packs(self, state: TrainState) -> bool:
+        # What lies in parts is no vector; and of several processes, one alone may look at its state.
+        return self._engine.layout == SAME and not self._engine.spans and packs(self._recipe, state)
+
+    def state(self, live: TrainState | Packed) -> TrainState:
+        """The state that training has: small leaves are new arrays, large ones those that the next step takes over.
+
+        Waits for the steps in flight, where it is packed.
+        """
+        if not isinstance(live, Packed):
+            return live
+
+        # On the host: a program of as many results as there are leaves takes longer to compile than many looks take.
+        def small(form: Form, arrays: Sequence[Any]) -> list[Any]:
+            # Copies: a view of a device's memory would keep the next step from updating it in place.
+            leaves = form.small([None if array is None else np.array(array) for array in arrays])
+            put: list[Any] = self._engine.put(leaves, SAME)
+            return put
+
+        return live.form.whole(live, small)
+
+    @staticmethod
+    def shapes(live: TrainState | Packed) -> TrainState:
+        """`state`, or its shapes: nothing is dispatched."""
+        return live.form.shapes(live) if isinstance(live, Packed) else live
+
+    def places(self, live: TrainState | Packed) -> dict[str, list[int]]:
+        """`Engine.places` of a state as training takes it: leaves that share an array lie where that does."""
+        if not isinstance(live, Packed):
+            return self._engine.places(live)
+        arrays = zip(live.form.held, self._engine.places(live.arrays).values(), strict=True)
+        found = {path: places for paths, places in arrays for path in paths}
+        return {path: found[path] for path in live.form.paths}
 
     def train(
-        self, state: TrainState, seq: jax.Array, block: Block, start: int, count: int
-    ) -> tuple[TrainState, jax.Array, Scalars, Any]:
+        self, live: TrainState | Packed, seq: jax.Array, block: Block, start: int, count: int
+    ) -> tuple[TrainState | Packed, jax.Array, Scalars, Any]:
         """Dispatches `count` steps from a block's batch `start` on; see `learnax.step.train_many`."""
-        args = self._train_args(state, seq, block.device, start, count)
+        args = self._train_args(live, seq, block.device, start, count)
         return self._engine.program(self._train, block.signature, args)(*args)
 
     def evaluated(self, state: TrainState) -> TrainState:
@@ -112,22 +159,25 @@ class Programs:
         return seq, sums
 
     def wanted(
-        self, state: TrainState, seq: jax.Array, blocks: Mapping[str, PyTree], tails: Mapping[str, int]
+        self, live: TrainState | Packed, seq: jax.Array, blocks: Mapping[str, PyTree], tails: Mapping[str, int]
     ) -> list[Wanted]:
         """What a run will ask the engine for.
 
         Args:
-            state: the training state, or its shapes.
+            live: the state as training takes it, or its shapes.
             seq: the random sequence, or its shape.
             blocks: split -> the shapes of its blocks; all but `train` are evaluated.
             tails: split -> data of its last batch, where that is not full.
         """
         wanted: list[Wanted] = []
-        seen = evaluated(state.params, state)
+        shapes = self.shapes(live)
+        seen = evaluated(shapes.params, shapes)
         for name, block in blocks.items():
             signature = signature_of(block)
             if name == "train":
-                wanted.append((self._train, signature, self._train_args(state, seq, block, 0, 1)))
+                wanted.append(
+                    (self._train, signature, self._train_args(live, jax.eval_shape(key_data, seq), block, 0, 1))
+                )
                 continue
             wanted.append((self._evaluate, signature, self._evaluate_args(seen, seq, block, 1, 1)))
             if tails[name] and not self._recipe.by_datum:
@@ -177,13 +227,21 @@ class Programs:
         return (evaluation_params(state.params, state.opt_state),)
 
     def _train_args(
-        self, state: TrainState, seq: jax.Array, batches: PyTree, start: int, count: int
+        self, live: TrainState | Packed, seq: jax.Array, batches: PyTree, start: int, count: int
     ) -> tuple[Any, ...]:
         scalar = self._engine.scalar
-        return state, seq, batches, scalar(start), scalar(count)
+        return live, seq, batches, scalar(start), scalar(count)
 
     def _evaluate_args(
         self, state: TrainState, seq: jax.Array, batches: PyTree, count: int, size: int
     ) -> tuple[Any, ...]:
         scalar = self._engine.scalar
         return state, seq, batches, scalar(count), scalar(size)
+
+
+def _canonical(leaf: Any) -> Any:
+    """A leaf as an array of the type that devices will hold."""
+    if isinstance(leaf, jax.Array) or is_key(leaf):
+        return leaf
+    array = np.asarray(leaf)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -21,7 +21,7 @@ class Moment:
     Attributes:
         step: updates made, this one included.
         epoch: the epoch that it lies in, from 0.
-        state: the state after it, on the devices; the next step takes over its buffers.
+        look: gives the state.
         batch: what it was trained on, on the host: arguments with leaves `(batch_size, ...)`; empty where nothing is
             shown. A device may read this memory: user code gets it `copied`.
         outputs: the model's outputs, on the host; None where nothing is shown.
@@ -30,10 +30,15 @@ class Moment:
 
     step: int
     epoch: int
-    state: TrainState
+    look: Callable[[], TrainState]
     batch: list[Any] = dataclasses.field(default_factory=list)
     outputs: PyTree = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def state(self) -> TrainState:
+        """The state after it, on the devices; the next step takes over its buffers."""
+        return self.look()
 
 
 class Hook(Protocol):

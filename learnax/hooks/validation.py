@@ -64,6 +64,8 @@ class Validation:
         Returns:
             The means of each, and the random sequence after it.
         """
+        if not self._loaders:
+            return {}, seq  # and the state is not looked at
         regular = self._next_regular(moment.epoch) == moment.epoch + 1
         keys, state = seq, self._programs.evaluated(moment.state)
         if not regular:

@@ -23,7 +23,7 @@ from learnax.profiling.phases import Phases
 from learnax.step import NAN_DATA, Part, Scalars
 
 _logger = logging.getLogger("learnax")
-_BULK = 16
+_BULK = 64
 """Dispatches whose scalars are read together: reading costs as much for one as for all of them."""
 _BULK_S = 0.1
 """Seconds after which they are read, however few there are: a slow step's metrics do not wait for another's."""
@@ -92,6 +92,7 @@ class Log:
         processes: of the run: the first one logs and draws.
         batch_data: data in a step, to say how many of them are NaN.
         max_dropped: updates dropped in a row that end the run; None never does.
+        on_host: whether scalars are in the host's memory as they come, as a CPU's are.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class Log:
         processes: Processes,
         batch_data: int,
         max_dropped: int | None,
+        *,
+        on_host: bool = False,
     ):
         self.metrics: dict[str, list[float]] = {}
         self.step = 0
@@ -119,6 +122,7 @@ class Log:
         self.rows = self._rows_before = self._dropped = self._dropped_before = self._in_a_row = 0
         self._batch_data = batch_data
         self._max_dropped = max_dropped
+        self._on_host = on_host
         self._nan_told, self._why, self._wrong = False, "", ""
         self._weightless: set[str] = set()
         self._shown = False
@@ -170,7 +174,8 @@ class Log:
 
     def push(self, scalars: Scalars, count: int, epoch: int) -> None:
         """Takes the scalars of `count` dispatched training steps."""
-        scalars.values.copy_to_host_async()
+        if not self._on_host:
+            scalars.values.copy_to_host_async()
         now = time.perf_counter()
         self._pending.append(_Steps(scalars, count, epoch, now - self._last_push))
         self._on_their_way += count
@@ -273,9 +278,12 @@ class Log:
     def _keep_first(self, dispatches: int) -> None:
         while dispatches > 0:
             with self._phases.log:
-                names = self._pending[0].scalars.names
-                alike = itertools.takewhile(lambda dispatch: dispatch.scalars.names == names, self._pending)  # noqa: B023
-                some = min(dispatches, sum(1 for _ in alike))
+                # Of one program, most often, and so with one tuple of names.
+                names, some = self._pending[0].scalars.names, 1
+                for dispatch in itertools.islice(self._pending, 1, dispatches):
+                    if dispatch.scalars.names is not names and dispatch.scalars.names != names:
+                        break
+                    some += 1
                 self._keep_rows(self._read(some))
                 dispatches -= some
 

@@ -16,7 +16,7 @@ from learnax.engine.plan import Plan, plan
 from learnax.engine.programs import Programs
 from learnax.engine.sharding import Gather, divided
 from learnax.parts.progress import Origin
-from learnax.step import AXIS, Recipe
+from learnax.step import AXIS, Packed, Recipe
 from learnax.step.state import TrainState
 from learnax.utils import PyTree, tree_bytes
 
@@ -60,11 +60,11 @@ class Draft:
             lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), self._first[split].arguments
         )
 
-    def wanted(self, state: TrainState, seq: jax.Array, sizes: Mapping[str, int]) -> list[Wanted]:
+    def wanted(self, live: TrainState | Packed, seq: jax.Array, sizes: Mapping[str, int]) -> list[Wanted]:
         """The programs of a run.
 
         Args:
-            state: the training state, or its shapes.
+            live: the state as training takes it, or its shapes.
             seq: the random sequence, or its shape.
             sizes: split -> its data.
         """
@@ -73,7 +73,7 @@ class Draft:
             name: self.batches(self.room(name), batch_size, split=name) for name in self._first
         }
         tails = {name: size % batch_size for name, size in sizes.items()}
-        return self.programs.wanted(state, seq, blocks, tails)
+        return self.programs.wanted(live, seq, blocks, tails)
 
     def _divide(self, traced: checks.Traced) -> Gather:
         """Lays the state out in parts; returns what gathers the parameters for a loss."""

@@ -100,7 +100,7 @@ class Parts:
         # What comes of it.
         self.log = self._log()
         self.checkpointer = self._checkpointer()
-        self.progress = Progress(settings, self.origin, self.engine, self.log, self.checkpointer)
+        self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer)
         self.hooks = self._hooks(traced)
         self.validation = Validation(settings, self.loaders, self.engine, self.programs, self.phases, self.stops)
         self.profiler: Profiler = NoProfiler()
@@ -110,9 +110,9 @@ class Parts:
 
     def compile(self) -> None:
         """Compiles the run's programs, on the shapes of each split's first datum."""
-        state = self.progress.state
-        wanted = self.draft.wanted(state, self.progress.seq, self._sizes)
-        seen, batch = evaluated(state.params, state), self.draft.batches(self.settings.batch_size)
+        progress = self.progress
+        wanted = self.draft.wanted(progress.live, progress.seq, self._sizes)
+        seen, batch = evaluated(progress.shapes.params, progress.shapes), self.draft.batches(self.settings.batch_size)
         wanted += [show.wanted(seen, batch) for show in self.hooks.shows if isinstance(show, Sampler)]
         self.engine.prepare(wanted)
 
@@ -139,7 +139,7 @@ class Parts:
         spread = engine.spans and engine.layout != SAME
         kept = engine.own(kept, engine.layout) if spread else jax.tree.map(engine.host_copy, kept)
         try:
-            return flight.fly(progress.state, progress.seq, progress.resume_point())
+            return flight.fly(progress.live, progress.seq, progress.resume_point())
         finally:
             progress.state = kept
 
@@ -199,6 +199,7 @@ class Parts:
             self.processes,
             settings.batch_size * settings.accumulate_steps,
             settings.max_dropped,
+            on_host=self.engine.devices[0].platform == "cpu",
         )
 
     def _checkpointer(self) -> Checkpointer | None:
@@ -260,4 +261,4 @@ class Parts:
     def _settle(self) -> None:
         """Waits for all steps that were dispatched."""
         if not self.stops.at_once:
-            jax.block_until_ready(self.progress.state)
+            jax.block_until_ready(self.progress.live)

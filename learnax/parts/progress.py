@@ -15,9 +15,10 @@ from learnax import checks
 from learnax.checkpoint import Checkpointer
 from learnax.checks.settings import Settings
 from learnax.engine import SAME, Engine
+from learnax.engine.programs import Programs
 from learnax.log import Log
 from learnax.models import Model
-from learnax.step import Init, fresh_state, hyperparams, key_pair, split, wide, with_axis, with_rate
+from learnax.step import Init, Packed, fresh_state, hyperparams, key_pair, split, wide, with_axis, with_rate
 from learnax.step.state import TrainState, as_train_state
 from learnax.utils import PyTree
 
@@ -105,6 +106,7 @@ class Progress:
         settings: of the run.
         origin: what it begins with.
         engine: lays the state out.
+        programs: pack the state.
         log: has the step, and the metrics.
         checkpointer: has what a run goes on from; or None.
 
@@ -113,43 +115,76 @@ class Progress:
         places: where the state's arrays lie, until the first dispatch on it has shown which it updates in place.
     """
 
-    def __init__(self, settings: Settings, origin: Origin, engine: Engine, log: Log, checkpointer: Checkpointer | None):
+    def __init__(
+        self,
+        settings: Settings,
+        origin: Origin,
+        engine: Engine,
+        programs: Programs,
+        log: Log,
+        checkpointer: Checkpointer | None,
+    ):
         self._settings = settings
+        self._programs = programs
         self._origin = origin
         self._engine = engine
         self._log = log
         self._checkpointer = checkpointer
-        self._state: TrainState | None = None
-        self._seq: jax.Array | None = None
+        self._live: TrainState | Packed | None = None
+        self._seen: TrainState | None = None  # what the live state came to when it was looked at
+        self._seq_data: jax.Array | None = None
         self.position = Position()
         self.places: dict[str, list[int]] = {}
 
     @property
+    def live(self) -> TrainState | Packed:
+        """The state as training takes it."""
+        assert self._live is not None
+        return self._live
+
+    @property
     def state(self) -> TrainState:
-        """The live state."""
-        assert self._state is not None
-        return self._state
+        """The live state, made of what is packed the first time that it is looked at."""
+        if self._seen is None:
+            self._seen = self._programs.state(self.live)
+        return self._seen
 
     @state.setter
     def state(self, given: Any) -> None:
         given = as_train_state(given)
-        self._state = self._engine.own(given._replace(step=np.int32(given.step)), self._engine.layout)
-        self.places = self._engine.places(self._state)
+        self._seen = None
+        self._live = self._programs.live(given._replace(step=np.int32(given.step)))
+        self.places = self._programs.places(self._live)
+
+    def look(self) -> TrainState:
+        """`state`."""
+        return self.state
+
+    @property
+    def shapes(self) -> TrainState:
+        """Those of the live state: to ask for them dispatches nothing."""
+        return self._programs.shapes(self.live)
 
     @property
     def seq(self) -> jax.Array:
         """The random sequence."""
-        if self._seq is None:
-            self._seq = self._engine.put(key_pair(self._settings.seed)[0], SAME)
-        return self._seq
+        return jax.random.wrap_key_data(self.seq_data)
 
     @seq.setter
     def seq(self, seq: jax.Array) -> None:
-        self._seq = seq
+        self._seq_data = jax.random.key_data(seq)
 
-    def advance(self, state: TrainState, seq: jax.Array, batches: int) -> None:
+    @property
+    def seq_data(self) -> jax.Array:
+        """The numbers of the random sequence."""
+        if self._seq_data is None:
+            self.seq = self._engine.put(key_pair(self._settings.seed)[0], SAME)
+        assert self._seq_data is not None
+        return self._seq_data
+
+    def advance(self, live: TrainState | Packed, seq_data: jax.Array, batches: int) -> None:
         """Takes over what a dispatch has made of the state, from so many batches."""
-        self._state, self.seq = state, seq
+        self._live, self._seq_data, self._seen = live, seq_data, None
         self.position.batch += batches
 
     def begin_epoch(self, epoch: int) -> None:
@@ -163,9 +198,9 @@ class Progress:
 
     def check_first(self) -> None:
         """Waits for the first dispatch on a state, and says which of its arrays were not updated in place."""
-        jax.block_until_ready(self._state)
+        jax.block_until_ready(self.live)
         before, self.places = self.places, {}
-        after = self._engine.places(self._state)
+        after = self._programs.places(self.live)
         moved = [name for name in before if before[name] != after[name]]
         if moved:
             _logger.warning(
@@ -185,7 +220,7 @@ class Progress:
             self.state = state
             self._log.step = int(as_train_state(state).step)
             self.begin_epoch(0)
-        if self._state is None and not self._load():
+        if self._live is None and not self._load():
             self.state, seq = self._origin.begin()
             self.seq = self._engine.put(seq, SAME)
 

@@ -43,6 +43,9 @@ from learnax.step.optimizers import (
 from learnax.step.optimizers import (
     with_rate as with_rate,
 )
+from learnax.step.packed import Form as Form
+from learnax.step.packed import Packed as Packed
+from learnax.step.packed import packs as packs
 from learnax.step.patterns import ByPattern as ByPattern
 from learnax.step.patterns import split as split
 from learnax.step.recipe import AXIS as AXIS

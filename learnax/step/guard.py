@@ -119,6 +119,20 @@ def known_of(recipe: Recipe, state: TrainState) -> Conditions | None:
     return conditions_of(recipe.optimizer, state.opt_state, trained, recipe.max_grad)
 
 
+def treats_elements_alone(recipe: Recipe, state: TrainState) -> bool:
+    """Whether the optimiser is known to treat each element of the parameters alone; of a state, or its shapes."""
+    if recipe.trusted:
+        return True
+    found: list[bool] = []
+
+    def look(state: TrainState) -> None:
+        known = known_of(recipe, state)
+        found.append(known is not None and known.by_element)
+
+    jax.eval_shape(look, state)
+    return found[0]
+
+
 def _is_exact(params: PyTree) -> bool:
     """Whether an optimiser's arithmetic for such parameters overflows nowhere where gradients are finite."""
     return all(leaf.dtype in (jnp.float32, jnp.float64) for leaf in jax.tree.leaves(params))
@@ -185,7 +199,7 @@ def _all(conditions: list[jax.Array]) -> jax.Array:
 
 
 def _updates(step: _Step, state: TrainState) -> tuple[PyTree, Any]:
-    """The optimiser's updates of what is trained, from clipped gradients, and its new state, packed as it came."""
+    """The optimiser's updates of what is trained, from clipped gradients, and its new state, both packed as it came."""
     recipe, packing, norm = step.recipe, step.packing, step.norm
     scale = jnp.where(norm > recipe.max_grad, recipe.max_grad / norm, jnp.ones_like(norm))
     # In float32 at least: a small scale is 0 in half precision.
@@ -193,8 +207,9 @@ def _updates(step: _Step, state: TrainState) -> tuple[PyTree, Any]:
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic is not clean under "strict"
         trained, _ = split(recipe.optimizer, state.params)
         if packing.moments:
-            updates, opt_state = recipe.optimizer.update(grads, state.opt_state, packing.pack(trained))
-            return packing.unpack(updates), opt_state
+            params = trained if packing.params else packing.pack(trained)
+            updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params)
+            return updates if packing.params else packing.unpack(updates), opt_state
         return asked_update(recipe.optimizer, packing.unpack(grads), state.opt_state, trained, step.extra)
 
 
@@ -222,8 +237,9 @@ def _guarded(step: _Step, state: TrainState, sound: jax.Array) -> TrainState:
 
     if step.recipe.selects:
         return jax.tree.map(lambda n, o: jnp.where(sound, n, o), made(state), state)
-    update = lambda carry: (jnp.asarray(False), made(carry[1]))  # noqa: E731
-    return jax.lax.while_loop(lambda carry: carry[0], update, (sound, state))[1]
+    close, opened = step.packing.close, step.packing.opened
+    update = lambda carry: (jnp.asarray(False), close(made(opened(carry[1]))))  # noqa: E731
+    return opened(jax.lax.while_loop(lambda carry: carry[0], update, (sound, close(state)))[1])
 
 
 def averaged(recipe: Recipe, old: TrainState, params: PyTree) -> PyTree:

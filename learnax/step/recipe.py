@@ -16,6 +16,7 @@ import optax
 
 from learnax.loss import Losses
 from learnax.models import Model
+from learnax.step.keys import split_in_two
 from learnax.step.optimizers import LearningRate
 from learnax.utils import PyTree
 
@@ -90,11 +91,11 @@ def next_keys(seq: jax.Array, count: Any, room: int) -> tuple[jax.Array, jax.Arr
     All at once, before they are used: on a CPU, a split amid a step's other work cost 10 µs, here 1.5.
     """
     if room == 1:
-        seq, key = jax.random.split(seq)
+        seq, key = split_in_two(seq)
         return seq, key[None]
 
     def split(seq: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        seq, key = jax.random.split(seq)
+        seq, key = split_in_two(seq)
         return seq, (seq, key)
 
     # As many splits as there is room for, whatever the count: where a loop ends on a GPU, the host would read it.

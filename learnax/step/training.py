@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from learnax.step.amounts import added, nothing, told_loss
 from learnax.step.gradients import Share, loss_weights, of_all_devices, own_gradients
-from learnax.step.guard import apply, known_of
+from learnax.step.guard import apply, treats_elements_alone
 from learnax.step.many import many
+from learnax.step.packed import Packed
 from learnax.step.packing import Packing
 from learnax.step.patterns import split
 from learnax.step.recipe import Recipe, batch_of, keys_of, next_keys, sum_over_devices, wide
@@ -86,7 +87,8 @@ def _step(
     recipe: Recipe, packing: Packing, with_outputs: bool, state: TrainState, take: Take
 ) -> tuple[TrainState, dict[Any, jax.Array], Any]:
     """One guarded update from the batches that `take` gives."""
-    share, outputs = _of_all(recipe, packing, with_outputs, state, state.params, take)
+    params = packing.unpack(state.params) if packing.params else state.params
+    share, outputs = _of_all(recipe, packing, with_outputs, state, params, take)
     value = functools.partial(_loss_at, recipe, packing, state, take)
     state, scalars = apply(recipe, packing, state, share, value)
     return state, scalars, outputs
@@ -170,58 +172,73 @@ def _loss_at(recipe: Recipe, packing: Packing, state: TrainState, take: Take) ->
     return loss
 
 
-def _by_element(recipe: Recipe, state: TrainState) -> bool:
-    """Whether the optimiser is known to treat each element alone."""
-    known = known_of(recipe, state)
-    return recipe.trusted or (known is not None and known.by_element)
-
-
 def train_many(
     recipe: Recipe,
     room: int,
     with_outputs: bool,
-    state: TrainState,
+    live: TrainState | Packed,
     seq: jax.Array,
     batches: PyTree,
     start: jax.Array,
     count: jax.Array,
-) -> tuple[TrainState, jax.Array, Scalars, Any]:
+) -> tuple[TrainState | Packed, jax.Array, Scalars, Any]:
     """Training steps, as many as `count` says, in one loop: the same program and the same bits however they are cut.
 
     Args:
         recipe: what the step is made of.
         room: steps at most; with a room of one there is no loop.
         with_outputs: whether the outputs of the last step are given, or None.
-        state: the state before.
-        seq: the run's random sequence.
+        live: the state before; packed where `packs` says so.
+        seq: the numbers of the run's random sequence.
         batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`.
         start: the first step's batch among the n.
         count: steps, 1 to `room`.
 
     Returns:
-        `(state, seq, scalars, outputs)`: the sequence after the steps; `room` rows of scalars, of which the
+        `(live, seq, scalars, outputs)`: the sequence after the steps; `room` rows of scalars, of which the
         first `count` are meant; the outputs of the last step.
     """
-    # Moments can be packed where the optimiser treats each element alone, as the default one does; another one may
-    # not. For a single step, packing costs more than it saves.
-    apart = room == 1 and recipe.shards == 1 and not recipe.selects
-    trained, _ = split(recipe.optimizer, state.params)
-    # On other devices than a CPU, whose compilers do not gain, a branch is one that the host waits for.
-    step_before = None if recipe.selects else state.step
-    packing = Packing(
-        trained, moments=room > 1 and _by_element(recipe, state), apart=apart, step=step_before, aligned=recipe.selects
-    )
+    packing, state, after = _taken(recipe, room, live)
     # A jitted function is traced once, for both uses below: its shapes, and the loop.
     step = jax.jit(functools.partial(train, recipe, packing, with_outputs), inline=True)
-    seq, keys = next_keys(seq, count * recipe.accumulate, room * recipe.accumulate)
+    sequence, keys = next_keys(jax.random.wrap_key_data(seq), count * recipe.accumulate, room * recipe.accumulate)
 
     def one(state: TrainState, number: Any) -> tuple[TrainState, Scalars, Any]:
         first = number * recipe.accumulate
         own = keys if room == 1 else jax.lax.dynamic_slice_in_dim(keys, first, recipe.accumulate)
         return step(state, own, batches, start + first)
 
-    given = state.opt_state
-    state = state._replace(opt_state=packing.pack_moments(given))
     state, scalars, outputs = many(one, room, state, count)
-    state = state._replace(opt_state=packing.unpack_moments(state.opt_state, given))
-    return state, seq, scalars, outputs
+    return after(state), jax.random.key_data(sequence), scalars, outputs
+
+
+def _taken(
+    recipe: Recipe, room: int, live: TrainState | Packed
+) -> tuple[Packing, TrainState, Callable[[TrainState], TrainState | Packed]]:
+    """How a program packs gradients and moments, the state so packed, and what makes it like the given one again."""
+    if isinstance(live, Packed):
+        form, state = live.form, live.opened()
+        packing = form.packing.at(state.step)
+        if room == 1:
+            return packing, state, form.close
+        # In a loop the model would take its parameters out of their vector in each turn.
+        plain = form.with_params(packing.unpack, state)
+
+        def close(state: TrainState) -> Packed:
+            return form.close(form.with_params(form.packing.pack, state))
+
+        return Packing(plain.params, moments=True, step=state.step), plain, close
+    # Moments can be packed where the optimiser treats each element alone. For a single step, packing costs more than
+    # it saves.
+    apart = room == 1 and recipe.shards == 1 and not recipe.selects
+    trained, _ = split(recipe.optimizer, live.params)
+    # On other devices than a CPU, whose compilers do not gain, a branch is one that the host waits for.
+    step = None if recipe.selects else live.step
+    moments = room > 1 and treats_elements_alone(recipe, live)
+    packing = Packing(trained, moments=moments, apart=apart, step=step, aligned=recipe.selects)
+    given = live.opt_state
+
+    def unpacked(state: TrainState) -> TrainState:
+        return state._replace(opt_state=packing.unpack_moments(state.opt_state, given))
+
+    return packing, live._replace(opt_state=packing.pack_moments(given)), unpacked
