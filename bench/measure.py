@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import tempfile
 import time
@@ -138,11 +139,14 @@ class _Saving(Learnax):
 
 
 def matrix_rate(dtype: Any) -> float:
-    """The most floating-point operations a second that matrix products reach here, of this type."""
+    """The most floating-point operations a second that matrix products of random numbers reach here, of this type.
+
+    Of random ones, as all the same take a GPU less power, and so run faster: by 13 % on an H200.
+    """
     size = 1024 if jax.default_backend() == "cpu" else 8192
     many = 4 if jax.default_backend() == "cpu" else 20
-    matrix = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a, b: jax.lax.fori_loop(0, many, lambda _, c: (a @ c) / size, b))
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(lambda a, b: jax.lax.fori_loop(0, many, lambda _, c: (a @ c) / math.sqrt(size), b))
     seconds = []
     for _ in range(8):
         began = time.perf_counter()

@@ -1,4 +1,7 @@
-"""Four CPU devices, no accelerator, no network, no progress bars, strict dtype promotion, a compilation cache."""
+"""Four CPU devices, no accelerator, no network, no progress bars, strict dtype promotion, a compilation cache.
+
+`LEARNAX_TEST_PLATFORM=cuda,cpu` has the tests run on a GPU instead, as far as they ask for no second device.
+"""
 
 import atexit
 import multiprocessing.process
@@ -17,7 +20,7 @@ if "LEARNAX_COMPILATION_CACHE" not in os.environ:
     os.environ["LEARNAX_COMPILATION_CACHE"] = tempfile.mkdtemp(prefix="learnax-tests-")
     atexit.register(shutil.rmtree, os.environ["LEARNAX_COMPILATION_CACHE"], ignore_errors=True)
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("LEARNAX_TEST_PLATFORM", "cpu")
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
