@@ -171,7 +171,7 @@ def test_the_next_batch_is_read_while_the_step_runs():
     class Watching(Streamed):
         def __getitem__(self, index):
             if trainer is not None and index % 8 == 0:
-                running.append(not jax.tree.leaves(trainer.train_state.params)[0].is_ready())
+                running.append(not jax.tree.leaves(trainer.parts.progress.live)[0].is_ready())
             return super().__getitem__(index)
 
     trainer = None

@@ -198,8 +198,8 @@ def test_large_states_wait_one_at_a_time(tmp_path, monkeypatch):
 def test_a_save_leaves_the_state_to_be_updated_in_place(count):
     trainer = make(devices=jax.devices()[:count], save_every=1, steps_per_execution=1)
     places = []
-    trainer.hooks.saves.append(At(3, lambda: places.append(trainer.engine.places(trainer.train_state))))
-    trainer.hooks.saves.append(At(9, lambda: places.append(trainer.engine.places(trainer.train_state))))
+    trainer.hooks.saves.append(At(3, lambda: places.append(trainer.programs.places(trainer.parts.progress.live))))
+    trainer.hooks.saves.append(At(9, lambda: places.append(trainer.programs.places(trainer.parts.progress.live))))
     trainer.train()
     assert places[0] == places[1]
 

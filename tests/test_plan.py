@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from learnax.engine.plan import BLOCK_BYTES, FUSED, Plan, plan
+from learnax.engine.plan import BLOCK_BYTES, FUSED, SMALL_STATE_BYTES, Plan, plan
 from tests.helpers import make_data, make_trainer
 
 CONVOLUTION = frozenset({"conv_general_dilated", "dot_general"})
@@ -12,26 +12,34 @@ DENSE = frozenset({"dot_general"})
 
 
 def test_a_cpu_fuses_sixteen_steps_or_as_many_as_an_epoch_has():
-    assert plan("auto", "cpu", DENSE, 4096, 1000) == Plan(16, "dispatches cost more than steps", True)
-    assert plan("auto", "cpu", DENSE, 4096, 7).room == 7
+    assert plan("auto", "cpu", DENSE, 4096, 1000, 0) == Plan(16, "dispatches cost more than steps", True)
+    assert plan("auto", "cpu", DENSE, 4096, 7, 0).room == 7
     assert FUSED == 16
 
 
 def test_a_model_with_a_convolution_is_not_looped_on_a_cpu():
-    assert plan("auto", "cpu", CONVOLUTION, 4096, 1000) == Plan(
+    assert plan("auto", "cpu", CONVOLUTION, 4096, 1000, 0) == Plan(
         1, "a convolution is slower inside a loop on a CPU", False
     )
 
 
 def test_a_number_that_was_asked_for_is_what_is_done_even_with_a_convolution():
     why = "as asked for, or as many as an epoch has"
-    assert plan(4, "cpu", CONVOLUTION, 4096, 1000) == Plan(4, why, False)
-    assert plan(40, "cpu", DENSE, 4096, 1000) == Plan(40, why, True)
-    assert plan(np.int64(40), "gpu", DENSE, 4096, 9) == Plan(9, why, True)
+    assert plan(4, "cpu", CONVOLUTION, 4096, 1000, 0) == Plan(4, why, False)
+    assert plan(40, "cpu", DENSE, 4096, 1000, 0) == Plan(40, why, True)
+    assert plan(np.int64(40), "gpu", DENSE, 4096, 9, 0) == Plan(9, why, True)
+
+
+def test_a_gpu_fuses_the_steps_of_small_models_those_with_convolutions_too():
+    small = plan("auto", "gpu", CONVOLUTION, 4096, 1000, SMALL_STATE_BYTES)
+    assert small == Plan(16, "dispatches cost more than steps", True)
+    why = "with 119 MB of state, a step takes longer than its dispatch"
+    assert plan("auto", "gpu", DENSE, 4096, 1000, 118_534_304) == Plan(1, why, True)
+    assert plan(4, "gpu", DENSE, 4096, 1000, 118_534_304).room == 4
 
 
 def test_other_devices_do_one_step_at_a_time_until_more_is_measured():
-    assert plan("auto", "gpu", CONVOLUTION, 4096, 1000) == Plan(1, "fusing is not measured on gpu", True)
+    assert plan("auto", "tpu", CONVOLUTION, 4096, 1000, 0) == Plan(1, "fusing is not measured on tpu", True)
 
 
 @pytest.mark.parametrize(
@@ -45,13 +53,13 @@ def test_other_devices_do_one_step_at_a_time_until_more_is_measured():
     ],
 )
 def test_a_dispatchs_data_fit_into_their_memory(step_bytes, room):
-    decided = plan("auto", "cpu", DENSE, step_bytes, 1000)
+    decided = plan("auto", "cpu", DENSE, step_bytes, 1000, 0)
     assert decided.room == room
     assert decided.why == ("dispatches cost more than steps" if room == 16 else "their data must fit into 64 MB")
 
 
 def test_the_same_question_has_the_same_answer():
-    assert {plan("auto", "cpu", DENSE, 1 << 23, 1000) for _ in range(100)} == {
+    assert {plan("auto", "cpu", DENSE, 1 << 23, 1000, 0) for _ in range(100)} == {
         Plan(8, "their data must fit into 64 MB", True)
     }
 

@@ -17,7 +17,7 @@ import pytest
 from bench.workloads import GPT, Size
 from learnax.engine import hlo
 from learnax.engine.cache import without_cache
-from learnax.engine.overlap import overlapping
+from learnax.engine.options import compiler_options
 from learnax.engine.targets import CARDS, INSTALL, Remote, target_of
 from learnax.loss import LossPipe
 from learnax.models import Linen
@@ -168,7 +168,7 @@ def test_products_in_loops_are_counted_by_their_turns():
 @pytest.mark.parametrize("model", [MLP(), Convolution()])
 @pytest.mark.parametrize("target", ["h100", "h100:8"])
 def test_a_step_on_a_gpu_has_no_unknown_loop_no_branch_no_copy_and_updates_all_in_place(model, target):
-    trainer = make_trainer(train_dataset=make_data(64), model=model, batch_size=8)
+    trainer = make_trainer(train_dataset=make_data(64), model=model, batch_size=8, steps_per_execution=1)
     program = trainer.preflight(target=target).programs["train"]
     assert (program.unknown_loops, program.conditionals, program.state_copies) == (0, 0, 0)
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.train_state))
@@ -189,9 +189,17 @@ def test_a_step_on_a_gpu_has_no_unknown_loop_no_branch_no_copy_and_updates_all_i
     ids=lambda options: next(iter(options)),
 )
 def test_so_has_a_step_of_other_settings(options):
-    trainer = make_trainer(train_dataset=make_data(64), batch_size=8, **options)
+    trainer = make_trainer(train_dataset=make_data(64), batch_size=8, steps_per_execution=1, **options)
     program = trainer.preflight(target="h100:2").programs["train"]
     assert (program.unknown_loops, program.conditionals, program.state_copies) == (0, 0, 0)
+    assert program.donated_bytes == program.state_bytes
+
+
+@compiles
+def test_several_steps_are_one_loop_whose_turns_the_gpu_counts():
+    trainer = make_trainer(train_dataset=make_data(64), batch_size=8)
+    program = trainer.preflight(target="h100").programs["train"]
+    assert (program.unknown_loops, program.conditionals, program.state_copies) == (1, 0, 0)
     assert program.donated_bytes == program.state_bytes
 
 
@@ -214,7 +222,8 @@ def test_a_divided_state_is_gathered_narrow_and_in_pieces_twice_and_scattered_in
     programs = []
     for divided in (False, True):
         with jax.numpy_dtype_promotion("standard"):  # flax's own layers need it
-            trainer = make_trainer(train_dataset=data, model=model, losses=losses, shard_state=divided)
+            given = {"train_dataset": data, "model": model, "losses": losses, "steps_per_execution": 1}
+            trainer = make_trainer(shard_state=divided, **given)
             programs.append(trainer.preflight(target="h100:8").programs["train"])
     whole, part = programs
     params = 12 * layers * width**2 + 4096 * width
@@ -235,9 +244,9 @@ def test_the_compiler_is_told_to_overlap_where_there_is_something_to_send_and_th
         platform = "gpu"
 
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert overlapping([Device()], divided=False) == {}
-    assert overlapping(jax.devices(), divided=True) == {}
-    options = overlapping([Device()] * 8, divided=True)
+    assert "WHILE" in compiler_options([Device()], divided=False).pop("xla_gpu_enable_command_buffer")
+    assert compiler_options(jax.devices(), divided=True) == {}
+    options = compiler_options([Device()] * 8, divided=True)
     assert ("xla_gpu_enable_latency_hiding_scheduler" in options) == (not flags)
     assert options["xla_gpu_all_gather_combine_threshold_bytes"] == 1 << 24
     assert options["xla_gpu_reduce_scatter_combine_threshold_bytes"] == 1 << 21

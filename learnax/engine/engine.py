@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from learnax.engine.overlap import overlapping
+from learnax.engine.options import compiler_options
 from learnax.profiling.costs import Costs, costs_of
 from learnax.profiling.phases import Phases
 from learnax.step import AXIS, evaluated
@@ -182,10 +182,16 @@ class Engine:
 
         return jax.tree.map(fetch, tree)
 
-    def scalar(self, value: int) -> jax.Array:
-        """A whole number on the devices; few of them come up, again and again."""
+    def scalar(self, value: int, following: Iterable[int] = ()) -> jax.Array:
+        """A whole number on the devices; few of them come up, again and again.
+
+        Args:
+            value: the number.
+            following: those that will probably be asked for next. Sending many takes little longer than one.
+        """
         if value not in self._scalars:
-            self._scalars[value] = self.put(np.int32(value), SAME)
+            numbers = [value, *following]
+            self._scalars |= zip(numbers, self.put([np.int32(number) for number in numbers], SAME), strict=True)
         return self._scalars[value]
 
     @staticmethod
@@ -261,7 +267,7 @@ class Engine:
     def prepare(self, wanted: Iterable[Wanted]) -> None:
         """Compiles those of these programs that are not there yet, side by side."""
         missing = {(kind.name, signature): (kind, args) for kind, signature, args in wanted}
-        options = overlapping(self.devices, divided=self.layout != SAME)
+        options = compiler_options(self.devices, divided=self.layout != SAME)
         with ThreadPoolExecutor(thread_name_prefix="learnax-compiler") as pool:
             # Tracing is Python and goes one by one; XLA compiles the first program while the next is traced.
             compiling = {

@@ -8,6 +8,9 @@ FUSED = 16
 """Steps in a dispatch where fusing pays: enough to hide what a dispatch costs the host."""
 BLOCK_BYTES = 64 << 20
 """What the batches of one dispatch may take, on the host and again on the devices; up to four such blocks are alive."""
+SMALL_STATE_BYTES = 100_000_000
+"""What the state of a model may take whose steps are fused on a GPU. Measured on an H100 (`python -m bench.fusing`): a
+step of an MLP of 52 MB of state took 0.62 of a dispatch of its own, one of a GPT of 119 MB as long as that."""
 RESIDENT_BYTES = 1 << 30
 """What a list of data may take to be stacked once and kept on the devices."""
 
@@ -44,7 +47,14 @@ def selects(platform: str) -> bool:
     return platform != "cpu"
 
 
-def plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes: int, epoch_steps: int) -> Plan:
+def plan(
+    asked: int | str,
+    platform: str,
+    primitives: frozenset[str],
+    step_bytes: int,
+    epoch_steps: int,
+    state_bytes: int,
+) -> Plan:
     """Decides how many steps a dispatch makes.
 
     No clock is asked: two runs of one script, and a resumed one, decide alike.
@@ -55,18 +65,28 @@ def plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes
         primitives: names of the JAX primitives that model and losses are made of.
         step_bytes: size of a step's data.
         epoch_steps: steps in an epoch; more in a dispatch would be padding.
+        state_bytes: size of the training state.
     """
-    made = _plan(asked, platform, primitives, step_bytes, epoch_steps)
+    made = _plan(asked, platform, primitives, step_bytes, epoch_steps, state_bytes)
     return dataclasses.replace(made, step_bytes=step_bytes, selects=selects(platform))
 
 
-def _plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes: int, epoch_steps: int) -> Plan:
+def _plan(
+    asked: int | str,
+    platform: str,
+    primitives: frozenset[str],
+    step_bytes: int,
+    epoch_steps: int,
+    state_bytes: int,
+) -> Plan:
     # Measured on a 2-core CPU: a convolution inside a loop takes 9 times as long as outside.
     looped = not (platform == "cpu" and "conv_general_dilated" in primitives)
     if asked != "auto":
         return Plan(min(int(asked), epoch_steps), "as asked for, or as many as an epoch has", looped)
-    if platform != "cpu":
+    if platform not in ("cpu", "gpu"):
         return Plan(1, f"fusing is not measured on {platform}", looped)
+    if platform == "gpu" and state_bytes > SMALL_STATE_BYTES:
+        return Plan(1, f"with {state_bytes / 1e6:.0f} MB of state, a step takes longer than its dispatch", looped)
     if not looped:
         return Plan(1, "a convolution is slower inside a loop on a CPU", looped)
     room = FUSED

@@ -74,14 +74,22 @@ class Programs:
         self._weights = Kind("weights", self._own_weights, (layout,), (engine.params_layout,), whole=True)
         self._form: Form | None = None
 
-    def live(self, state: TrainState) -> TrainState | Packed:
-        """A state as training takes it: in arrays that are no one else's, and packed where it may be."""
+    def live(self, state: TrainState, *, ours: bool = False) -> TrainState | Packed:
+        """A state as training takes it: in arrays that are no one else's, and packed where it may be.
+
+        Args:
+            state: on the host, or on devices.
+            ours: whether it is no one else's already, and lies as training has it.
+        """
         engine, state = self._engine, jax.tree.map(_canonical, state)
         if not self._packs(state):
-            return engine.own(state, engine.layout)
+            return state if ours else engine.own(state, engine.layout)
         if self._form is None or not self._form.fits(state):
             self._form = Form(state)
-        return engine.own(self._form.pack(self._form.map_small(np.asarray, state)))
+        packed = self._form.pack(self._form.map_small(np.asarray, state))
+        if not ours:
+            return engine.own(packed)
+        return jax.tree.map(lambda array: array if isinstance(array, jax.Array) else engine.own(array), packed)
 
     def _packs(self, state: TrainState) -> bool:
         # What lies in parts is no vector; and of several processes, one alone may look at its state.
@@ -229,8 +237,9 @@ class Programs:
     def _train_args(
         self, live: TrainState | Packed, seq: jax.Array, batches: PyTree, start: int, count: int
     ) -> tuple[Any, ...]:
-        scalar = self._engine.scalar
-        return live, seq, batches, scalar(start), scalar(count)
+        stride = count * self._recipe.accumulate
+        following = range(start + stride, start + 64 * stride, stride)
+        return live, seq, batches, self._engine.scalar(start, following), self._engine.scalar(count)
 
     def _evaluate_args(
         self, state: TrainState, seq: jax.Array, batches: PyTree, count: int, size: int

@@ -89,7 +89,11 @@ class Draft:
         settings = self._settings
         step_bytes = settings.accumulate_steps * settings.batch_size * tree_bytes(self._first["train"].arguments)
         platform = self._engine.devices[0].platform
-        return plan(settings.steps_per_execution, platform, traced.primitives, step_bytes, settings.epoch_steps)
+        # On a CPU nobody asks, and to trace the state for it would take a start its time.
+        state_bytes = 0 if platform == "cpu" else tree_bytes(self.origin.shapes())
+        return plan(
+            settings.steps_per_execution, platform, traced.primitives, step_bytes, settings.epoch_steps, state_bytes
+        )
 
     def _recipe(self, traced: checks.Traced, gather: Gather | None) -> Recipe:
         settings = self._settings

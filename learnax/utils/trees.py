@@ -274,8 +274,9 @@ def like_key(key: Any, data: Any) -> Any:
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """What a pytree's arrays take."""
-    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(tree))
+    """What a pytree's arrays, or those of such shapes, take."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
 
 
 def same_structure(tree: PyTree, other: PyTree) -> bool:
