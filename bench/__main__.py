@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # contenders share one device
 
-from bench import measure, processes, report
+from bench import measure, processes, report, starts
 from bench.chart import draw
 from bench.machine import describe_machine
 from bench.opponents import OPPONENTS
@@ -27,6 +27,7 @@ ROUNDS = {
     "nnx-mlp": 15,
     "equinox-mlp": 15,
     "adamw-128": 15,
+    "deep-60": 9,
     "mlp-2048": 9,
     "adamw-2048": 9,
     "digits": 9,
@@ -81,6 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
                 measure.saving(results, wider, rounds)
             if not args.quick:
                 alone(results, name, args)
+        if "deep-60" in chosen and not args.quick:
+            say("starts")
+            starts.measure(results, ["mlp", "deep"], pairs=3)
     results.settings["seconds"] = round(time.perf_counter() - began, 1)
     results.write(args.out / "bench.json")
     draw(results, args.out / "bench.png")

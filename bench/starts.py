@@ -25,22 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.workloads import IN, OUT, Workload, gpt, mlp, squared_error
+from bench.results import Results
+from bench.workloads import IN, OUT, Workload, deep, gpt, mlp, on_mlp_data, squared_error
 
 # ---- what is trained
-
-
-class Deep(nn.Module):
-    """Many narrow layers, each behind a norm: a program that is long for what it computes."""
-
-    layers: int
-
-    @nn.compact
-    def __call__(self, x: Any, y: Any) -> Any:
-        """The prediction."""
-        for _ in range(self.layers):
-            x = nn.relu(nn.Dense(64)(nn.LayerNorm()(x)))
-        return nn.Dense(OUT)(x)
 
 
 class Scattered(nn.Module):
@@ -55,11 +43,6 @@ class Scattered(nn.Module):
         weights = jnp.stack(scalars).reshape(-1, OUT)
         rows = len(weights)
         return jnp.tanh(jnp.tile(x, -(-rows // IN))[..., :rows]) @ weights
-
-
-def _like_mlp(name: str, model: Any) -> Workload:
-    """A model on the data of the MLP."""
-    return dataclasses.replace(mlp(128, 16), name=name, model=model)
 
 
 def _equivariant() -> Workload:
@@ -103,8 +86,8 @@ def _equivariant() -> Workload:
 
 MODELS: dict[str, Callable[[], Workload]] = {
     "mlp": lambda: mlp(128, 16),
-    "deep": lambda: _like_mlp("deep", Deep(60)),
-    "scalars": lambda: _like_mlp("scalars", Scattered(1000)),
+    "deep": lambda: deep(60, 16),
+    "scalars": lambda: on_mlp_data("scalars", Scattered(1000), 16),
     "gpt": lambda: gpt("10m", 16),
     "e3nn": _equivariant,
 }
@@ -158,6 +141,8 @@ def by_learnax(workload: Workload, cache: str) -> list[float]:
 
 SCRIPTS: dict[str, Callable[[Workload, str], list[float]]] = {"hand": by_hand, "learnax": by_learnax}
 """Who starts, by name."""
+KINDS = ("cold", "warm")
+"""With an empty compilation cache, and with what the first start left there."""
 
 
 # ---- taking turns
@@ -198,16 +183,27 @@ def in_turns(model: str, pairs: int) -> dict[tuple[str, str], list[Start]]:
             folders = {
                 script: stack.enter_context(tempfile.TemporaryDirectory(prefix="learnax-bench-")) for script in SCRIPTS
             }
-            for kind in ("cold", "warm"):
+            for kind in KINDS:
                 for script in list(SCRIPTS) if number % 2 else reversed(SCRIPTS):
                     taken.setdefault((script, kind), []).append(start(model, script, folders[script]))
     return taken
 
 
+def measure(results: Results, models: list[str], pairs: int) -> None:
+    """Starts of these models, as figures of a benchmark."""
+    for model in models:
+        taken = in_turns(model, pairs)
+        for kind in KINDS:
+            for script in SCRIPTS:
+                seconds = [one.seconds for one in taken[script, kind]]
+                results.add(model, script, f"start to the end of an epoch, {kind}", "s", seconds)
+            results.compare(model, f"start to the end of an epoch, {kind}", "learnax", "hand")
+
+
 def table(model: str, taken: dict[tuple[str, str], list[Start]]) -> list[str]:
     """Lines of a table: medians of both scripts and their ratio, by the clock and by the processors."""
     lines = []
-    for kind in ("cold", "warm"):
+    for kind in KINDS:
         columns = []
         for measure in ("seconds", "work"):
             own, hand = (

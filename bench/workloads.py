@@ -119,6 +119,29 @@ def mlp(width: int, steps: int) -> Workload:
     return Workload(f"mlp-{width}", MLP(width), squared_error, data, 64, steps, keras=in_keras)
 
 
+class Deep(nn.Module):
+    """Many narrow layers, each behind a norm: a program that is long for what it computes."""
+
+    layers: int
+
+    @nn.compact
+    def __call__(self, x: Any, y: Any) -> Any:
+        """The prediction."""
+        for _ in range(self.layers):
+            x = nn.relu(nn.Dense(64)(nn.LayerNorm()(x)))
+        return nn.Dense(OUT)(x)
+
+
+def on_mlp_data(name: str, model: Any, steps: int) -> Workload:
+    """A model on the data of the MLP."""
+    return dataclasses.replace(mlp(128, steps), name=name, model=model, keras=None)
+
+
+def deep(layers: int, steps: int) -> Workload:
+    """A narrow MLP of many layers."""
+    return on_mlp_data(f"deep-{layers}", Deep(layers), steps)
+
+
 def tiny(leaves: int, steps: int) -> Workload:
     """An MLP of width 8 whose training state has so many leaves, one step a dispatch: all of it is the host."""
     rng = np.random.default_rng(0)
@@ -415,6 +438,7 @@ def makers(scale: str, quick: bool) -> dict[str, Callable[[], Workload]]:
         "tiny-86": functools.partial(tiny, 86, 128 if quick else 2048),
         "mlp-128": functools.partial(mlp, 128, narrow),
         "mlp-2048": functools.partial(mlp, 2048, wide),
+        "deep-60": functools.partial(deep, 60, 16 if quick else 64),
         "mlp-4096": functools.partial(mlp, 4096, 32 if quick else 64),
         "nnx-mlp": functools.partial(nnx_mlp, 128, narrow),
         "equinox-mlp": functools.partial(equinox_mlp, 128, narrow),
