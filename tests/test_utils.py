@@ -1,7 +1,10 @@
 """Data of one structure become one batch and come apart again; those that differ say where."""
 
 import dataclasses
+import os
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 
 from learnax.data import arranged
 from learnax.utils import describe, leaves_by_path, same_structure, tree_stack, tree_unstack
+from learnax.utils.memory import give_back
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -222,3 +226,17 @@ def test_a_batch_by_hand_of_another_size_is_an_error():
         "but got:\n  [0]: float32[5, 3]"
     ):
         arranged([np.zeros((5, 3), np.float32)], [np.zeros(3, np.float32)], 4, 2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no /proc")
+def test_freed_memory_is_given_back():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    kept = [bytearray(os.urandom(100_000)) for _ in range(1000)]
+    fence = bytes(100_000)  # above them: what is freed below it stays with the process
+    before = resident()
+    kept.clear()
+    give_back()
+    assert resident() < before - 90_000_000
+    assert len(fence) == 100_000

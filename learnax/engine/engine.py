@@ -25,6 +25,7 @@ from learnax.profiling.costs import Costs, costs_of
 from learnax.profiling.phases import Phases
 from learnax.step import AXIS, evaluated
 from learnax.utils import PyTree, is_key, key_data, leaves_by_path, like_key
+from learnax.utils.memory import give_back
 
 _logger = logging.getLogger("learnax")
 MANY_PROGRAMS = 8
@@ -279,6 +280,9 @@ class Engine:
                 wait(compiling.values())
         for (name, signature), future in compiling.items():
             self.programs[name, signature] = future.result()
+        # What was read from the cache, or is soon compiled, leaves little behind.
+        if any(self.programs[key].seconds["compile"] > 1 for key in compiling):
+            give_back()
 
     def _lower(self, kind: Kind, args: tuple[Any, ...]) -> tuple[str, jax.stages.Lowered, dict[str, float]]:
         check_compiling()
