@@ -37,7 +37,8 @@ def check_datum(
     """Checks that a datum is one of those that the model, and the losses, were made for.
 
     Names and types are to be those of the training data, or of a validation set. Sizes may be others, where the model
-    takes them; and for the model alone, what it does without may be left out, labels above all.
+    takes them, but one of 1 where losses would broadcast it. For the model alone, what it does without may be left out,
+    labels above all.
 
     Args:
         what: the dataset's name.
@@ -161,7 +162,7 @@ def _kind(leaf: Any) -> str:
 
 
 def _differences(given: list[Any], known: list[Any], split: str, *, partly: bool) -> list[str]:
-    """Where a datum is unlike a known one, by name: in a leaf that is not there, in type, in the number of axes."""
+    """Where a datum is unlike a known one, by name: in a leaf, in its type or axes."""
     own, other = _leaves(given), _leaves(known)
     lines = []
     for path in dict.fromkeys([*other, *own]):
@@ -170,7 +171,7 @@ def _differences(given: list[Any], known: list[Any], split: str, *, partly: bool
         elif path not in own:
             if not partly:
                 lines.append(f"{path}: nothing here, {_datum_kind(other[path])} in {split!r}")
-        elif _rank(own[path]) != _rank(other[path]):
+        elif _class(own[path], sizes=not partly) != _class(other[path], sizes=not partly):
             lines.append(f"{path}: {_datum_kind(own[path])} here, {_datum_kind(other[path])} in {split!r}")
     return lines
 
@@ -180,8 +181,8 @@ def _leaves(datum: list[Any]) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
 
 
-def _rank(leaf: Any) -> Any:
-    return None if leaf is None else (leaf.ndim, leaf.dtype)
+def _class(leaf: Any, *, sizes: bool) -> Any:
+    return None if leaf is None else (leaf.dtype, leaf.ndim, sizes and [size == 1 for size in leaf.shape])
 
 
 def _datum_kind(leaf: Any) -> str:
