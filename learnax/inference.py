@@ -93,13 +93,18 @@ class Inference:
         in_flight, seq = self._parts.engine.in_flight, given.seq
         pending: deque[tuple[PyTree, int]] = deque()
         with self._blocks(given) as blocks:
-            for block in blocks:
-                seq, outputs = self._parts.programs.predict(given.state, seq, block)
-                for leaf in jax.tree.leaves(outputs):
-                    leaf.copy_to_host_async()
-                pending.append((outputs, block.size))
-                while len(pending) > in_flight:
+            try:
+                for block in blocks:
+                    seq, outputs = self._parts.programs.predict(given.state, seq, block)
+                    for leaf in jax.tree.leaves(outputs):
+                        leaf.copy_to_host_async()
+                    pending.append((outputs, block.size))
+                    while len(pending) > in_flight:
+                        yield _on_host(*pending.popleft())
+            except Exception:  # of the data: what comes before them is given first
+                while pending:
                     yield _on_host(*pending.popleft())
+                raise
             while pending:
                 yield _on_host(*pending.popleft())
 

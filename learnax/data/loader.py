@@ -32,8 +32,8 @@ class Loader:
         group: batches that belong together; a group that is not whole is skipped with the tail.
         room: batches in a block.
         budget: bytes that a list may take on the devices.
-        heed: raises to stop. It is called before each datum that is read here, and about every second, in another
-            thread, while a worker is waited for; what is half read then is read again.
+        heed: raises to stop. It is called before each datum that is read here (of a list, before each block), and
+            about every second, in another thread, while a worker is waited for; what is half read then is read again.
     """
 
     def __init__(
