@@ -477,6 +477,18 @@ def inferred(results):
     except ValueError as error:
         results["differ"] = str(error)
 
+    class Broken(Streamed):
+        def __getitem__(self, index):
+            if index > 8 and jax.process_index() == 1:
+                raise LookupError("no data on this machine")
+            return super().__getitem__(index)
+
+    try:
+        trainer.predict(Broken(make_data(43)), stacked=True)
+    except Exception as error:
+        results["failed"] = type(error).__name__, str(error)
+        raise
+
 
 ALL = (train_all, misuse, fails_before, fails_while, resumed, named_runs, inferred)
 SCENARIOS = {function.__name__: function for function in ALL}

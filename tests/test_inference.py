@@ -520,7 +520,7 @@ def test_checkpoints_that_are_not_there_are_named():
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
     env = {"PEERS": str(folder / "runs"), "TQDM_DISABLE": None}
-    return peers.together("inferred", folder / "out", 2, 2, env=env)
+    return peers.together("inferred", folder / "out", 2, 2, env=env, codes=(1,))
 
 
 @pytest.mark.processes
@@ -537,7 +537,7 @@ def test_processes_evaluate_together_and_each_has_all_outputs(two):
             assert_trees_equal(found["outputs"], two[0].results[kind]["outputs"])
     assert "evaluate: 100%" in two[0].err
     assert "predict: 100%" in two[0].err
-    assert not two[1].said
+    assert "100%" not in two[1].err
 
 
 @pytest.mark.processes
@@ -547,6 +547,15 @@ def test_processes_that_give_different_data_are_told_so(two):
             "the processes of this run differ in what evaluate() is given:\n"
             f"  len(dataset): {peers.TAIL} on process 0, {peers.TAIL - 1} on process 1\nGive all of them the same"
         )
+
+
+@pytest.mark.processes
+def test_a_process_whose_data_fail_ends_the_others(two):
+    told = "DatasetError: dataset 'predict' raised at index 12: LookupError: no data on this machine"
+    assert two[1].results["failed"] == tuple(told.split(": ", 1))
+    kind, text = two[0].results["failed"]
+    assert kind == "PeerError"
+    assert f"process 1 of 2 failed: {told}" in text
 
 
 def test_the_contenders_of_the_bench_give_the_same_outputs():
