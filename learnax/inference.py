@@ -82,7 +82,7 @@ class Inference:
     def _each(self, chunks: _Chunks) -> Iterator[PyTree]:
         with contextlib.closing(chunks):
             while True:
-                # Between two chunks the caller may do as he likes, but not while one is computed.
+                # Between two chunks the caller may train or evaluate; while one is computed, nobody may.
                 with self._session.alone("predict()"):
                     chunk = next(chunks, None)
                 if chunk is None:
@@ -122,7 +122,11 @@ class Inference:
             },
         )
         state = parts.weights(params)
-        output = self._fitting(what, what, datum, state)
+        try:
+            output = self._fitting(what, what, datum, state)
+        except ValueError:
+            checks.check_no_arrays(what, dataset, parts.first["train"])  # what it may be in place of a dataset
+            raise
         room = parts.draft.room(what)
         while what == "predict" and room > 1 and room * self._bytes(output) > BLOCK_BYTES:
             room //= 2

@@ -66,7 +66,8 @@ def test_evaluation_is_validation_and_outputs_are_the_models_in_order(devices):
         outputs = list(trainer.predict(HELD_OUT[:size]))
         assert len(outputs) == size
         np.testing.assert_allclose(np.stack(outputs), expected, rtol=1e-5, atol=1e-6)
-        for dataset in (HELD_OUT[:size], tuple(HELD_OUT[:size]), Streamed(HELD_OUT[:size])):
+        images = np.stack([x for x, _ in HELD_OUT[:size]])
+        for dataset in (HELD_OUT[:size], tuple(HELD_OUT[:size]), Streamed(HELD_OUT[:size]), images):
             stacked = trainer.predict(dataset, stacked=True)
             assert stacked.shape == (size, 3)
             assert_trees_equal(stacked, np.stack(outputs))
@@ -431,6 +432,9 @@ def test_data_that_do_not_fit_are_named():
 
 
 def test_what_the_model_does_without_may_be_left_out_of_a_datum():
+    plain = make_trainer()
+    few = [x for x, _ in HELD_OUT[:3]]  # which are no (X, y), though they look like it
+    assert_trees_equal(plain.predict(few, stacked=True), plain.predict(HELD_OUT[:3], stacked=True))
     data = [{"image": x, "label": y} for x, y in HELD_OUT]
     losses = lambda output, datum: (output, jnp.mean(output) + datum[0]["label"].mean(), {})  # noqa: E731
     trainer = make_trainer(model=Images(), losses=losses, train_dataset=data)
@@ -462,6 +466,8 @@ def test_what_is_no_dataset_is_an_error_before_anything_is_read():
             call(datum for datum in HELD_OUT)
         with pytest.raises(TypeError, match=f"dataset '{name}' must be a list of data, but is a dict of 'x'"):
             call({"x": np.zeros((19, 8))})
+        with pytest.raises(ValueError, match=f"dataset '{name}' has 2 data: .*(?s:.*)make a list of data of them"):
+            call((np.zeros((19, 8)), np.zeros((19, 3))))
         with pytest.raises(RuntimeError, match=f"dataset '{name}' raised at index 0: KeyError"):
             call(Streamed({1: 2}))
 

@@ -396,6 +396,9 @@ USUAL = {
     "arrays": [np.full((2, 3), i, np.float32) for i in range(5)],
     "wide": [np.full(2, i, np.float64) for i in range(5)],
     "the other way round": [np.full(2, i, ">f4") for i in range(5)],
+    "one array": np.arange(30, dtype=np.float64).reshape(5, 2, 3),
+    "one array of numbers": np.arange(5),
+    "a mapped one": np.arange(10, dtype=">i2").reshape(5, 2).view(np.memmap),
     "no axes": [np.array(i) for i in range(5)],
     "lists": [[np.full(2, i), float(i), i] for i in range(5)],
     "trees": [{"x": (np.full(2, i), None), "y": np.float32(i), "name": str(i), "on": i > 2} for i in range(5)],
@@ -411,6 +414,8 @@ UNUSUAL = {
     "too large for 64 bits": [1 << 70, 1],
     "too large for 32 bits": [1 << 40, 1],
     "too large a float": [1e300, 1.0],
+    "one array, too large": np.array([1 << 40, 1]),
+    "one array of records": np.zeros(2, [("x", np.float32)]),
     "objects": [np.array([None]), np.array([None])],
     "text in arrays": [np.array(["a"]), np.array(["b"])],
     "of jax": [jax.numpy.zeros(2), jax.numpy.zeros(2)],
@@ -426,10 +431,11 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("kind", USUAL)
-@pytest.mark.parametrize("room", [5, 8])
+@pytest.mark.parametrize("room", [(1, 5), (2, 4)])
 def test_usual_data_are_stacked_at_once_as_one_by_one(kind, room):
     data = USUAL[kind]
-    at_once, one_by_one = stacked_at_once(data, room), stack_on_host(data, range(5), room)
+    at_once, one_by_one = stacked_at_once(data, room), stack_on_host(data, range(5), room[0] * room[1])
+    one_by_one = jax.tree.map(lambda leaf: leaf.reshape(*room, *leaf.shape[1:]), one_by_one)
     assert jax.tree.structure(at_once) == jax.tree.structure(one_by_one)
     for left, right in zip(jax.tree.leaves(at_once), jax.tree.leaves(one_by_one), strict=True):
         assert (left.dtype, left.shape) == (right.dtype, right.shape)
@@ -440,7 +446,7 @@ def test_usual_data_are_stacked_at_once_as_one_by_one(kind, room):
 
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_data_that_are_not_usual_are_left_to_be_stacked_one_by_one(kind):
-    assert stacked_at_once(UNUSUAL[kind], 2) is None
+    assert stacked_at_once(UNUSUAL[kind], (1, 2)) is None
 
 
 def test_a_list_goes_on_one_by_one_from_where_it_is_not_usual():

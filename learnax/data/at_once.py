@@ -1,4 +1,4 @@
-"""Data of a list stacked by few operations for all of them, where they are usual."""
+"""Data of a list, or of an array, stacked by few operations for all of them, where they are usual."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ import numpy as np
 from learnax.data.batch import as_list
 from learnax.utils.leaves import NUMBERS, UnfitError, as_held
 
+SLICED = (list, tuple, np.ndarray, np.memmap)
+"""Datasets of which a slice has the very data that their indices have."""
 _dtype = operator.attrgetter("dtype")
 _is_none = functools.partial(operator.is_, None)
 _TEXT = {str, bytes, type(None)}
 
 
-def stacked_at_once(data: Sequence[Any], room: int) -> list[Any] | None:
+def stacked_at_once(data: Sequence[Any], room: tuple[int, int]) -> list[Any] | None:
     """What `learnax.data.stack_on_host` makes of data, to the bit, in a tenth of the time.
 
     Args:
-        data: at least one.
-        room: rows; those behind the data repeat the last one.
+        data: at least one, a slice of a dataset.
+        room: batches, and rows of each; those behind the data repeat the last one.
 
     Returns:
-        None where a leaf is not usual: of several structures, shapes or types, an array of another library, a number
-        that does not fit. Whoever stacks them one by one finds out what to do, or to say.
+        Arguments with leaves `(batches, rows, ...)`; None where a leaf is not usual: of several structures, shapes or
+        types, an array of another library, a number that does not fit. Whoever stacks the data one by one finds out
+        what to do, or to say.
     """
-    kinds = set(map(type, data))
+    kinds = {np.ndarray} if isinstance(data, np.ndarray) else set(map(type, data))
     if kinds == {np.ndarray}:
         whole = _column(data, room)
         return None if whole is None else [whole]
@@ -57,11 +60,11 @@ def stacked_at_once(data: Sequence[Any], room: int) -> list[Any] | None:
     return stacked
 
 
-def _column(leaves: Sequence[Any], room: int) -> np.ndarray | None:
-    """One leaf of each of the data as an array `(room, ...)`; None where they are not alike."""
-    kinds = set(map(type, leaves))
+def _column(leaves: Sequence[Any], room: tuple[int, int]) -> np.ndarray | None:
+    """One leaf of each of the data as an array; None where they are not alike."""
+    kinds = {np.ndarray} if isinstance(leaves, np.ndarray) else set(map(type, leaves))
     if kinds == {np.ndarray}:
-        if len(set(map(_dtype, leaves))) > 1:
+        if not isinstance(leaves, np.ndarray) and len(set(map(_dtype, leaves))) > 1:
             return None
     elif len(kinds) > 1 or not kinds <= NUMBERS:
         return None
@@ -73,10 +76,11 @@ def _column(leaves: Sequence[Any], room: int) -> np.ndarray | None:
         return None
     if not array.size:  # numpy does not see whether empty arrays are of one shape
         return None
-    if len(array) < room:
-        array = np.concatenate([array, np.repeat(array[-1:], room - len(array), axis=0)])
+    batches, rows = room
+    if len(array) < batches * rows:
+        array = np.concatenate([array, np.repeat(array[-1:], batches * rows - len(array), axis=0)])
     try:
-        return as_held(array)
+        return as_held(array).reshape(batches, rows, *array.shape[1:])
     except UnfitError:
         return None
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from learnax.data.at_once import stacked_at_once
+from learnax.data.at_once import SLICED, stacked_at_once
 from learnax.data.batch import Block, copied, signature_of, stack_batches, stack_on_host
 from learnax.data.reading import Collate, Heed, Here, Ranges, Reader, read_item
 from learnax.utils import PyTree, describe, same_structure, tree_bytes
@@ -32,7 +32,7 @@ class Loader:
         group: batches that belong together; a group that is not whole is skipped with the tail.
         room: batches in a block.
         budget: bytes that a list may take on the devices.
-        heed: raises to stop. It is called before each datum that is read here (of a list, before each block), and
+        heed: raises to stop. It is called before each datum that is read here (of a list or array, each block), and
             about every second, in another thread, while a worker is waited for; what is half read then is read again.
     """
 
@@ -63,7 +63,7 @@ class Loader:
         self._ranges = Ranges(size, stop, batch_size, (first, last))
         self._collate = Collate(name, last - first)
         self._heed = Heed(heed)
-        self._at_once = type(dataset) in (list, tuple) and not num_workers and last - first == batch_size
+        self._at_once = type(dataset) in SLICED and not num_workers and last - first == batch_size
         self._reader: Reader = Here(name, dataset, self._ranges, self._collate, self._heed)
         self._workers = num_workers
         if num_workers:
@@ -158,16 +158,17 @@ class Loader:
             yield self._block(batches, size)
 
     def _read_at_once(self, start: int) -> Generator[Block, None, int]:
-        """Blocks of a list; returns the number of the batch from which on it is to be read one by one."""
+        """Blocks of a list or array; returns the number of the batch from which on it is to be read one by one."""
         for number in range(start, len(self), self.room):
             self._heed()
             end = min(number + self.room, len(self)) * self.batch_size
-            data = self.dataset[number * self.batch_size : min(end, self.size)]
-            stacked = stacked_at_once(data, self.room * self.batch_size) if data else None
-            if stacked is None or len(data) < min(end, self.size) - number * self.batch_size:
+            indices = range(number * self.batch_size, min(end, self.size))
+            data = self.dataset[indices.start : indices.stop]
+            if len(data) < len(indices):  # it is shorter by now
                 return number
-            shape = self.room, self.batch_size
-            host = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), stacked)  # noqa: B023
+            host = stacked_at_once(data, (self.room, self.batch_size))
+            if host is None:
+                return number
             device = self._put(host)
             yield Block(host, device, len(data), self.batch_size, signature_of(device))
         return len(self)
