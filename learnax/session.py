@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 
 from learnax.checkpoint import SaveError
@@ -26,6 +27,8 @@ class Session:
     def __init__(self, parts: Parts):
         self._parts = parts
         self.running = False
+        self._one = threading.Lock()
+        self._under_way = ""
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -33,6 +36,33 @@ class Session:
         if self.running:
             yield
             return
+        with self.alone("train()"), self._frame():
+            yield
+
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Frames what uses the run's state: one such at a time, in whichever thread.
+
+        Args:
+            what: the call, for the text of an error.
+
+        Raises:
+            RuntimeError: another one is under way.
+        """
+        if not self._one.acquire(blocking=False):
+            raise RuntimeError(
+                f"{what} was called while {self._under_way} of this trainer is under way. What is to be looked at "
+                "during training goes into val_datasets; `for epoch in range(n): trainer.epoch(epoch)` is a training "
+                "between whose epochs evaluate() and predict() may be called, as they may before and after train()"
+            )
+        self._under_way = what
+        try:
+            yield
+        finally:
+            self._one.release()
+
+    @contextlib.contextmanager
+    def _frame(self) -> Iterator[None]:
         parts, self.running = self._parts, True
         done, alone = self.done(), False
         with parts.phases.other, parts.watchdog.watching(), parts.processes.watching():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import jax
 import optax
 
 from learnax import checks
+from learnax.inference import Inference
 from learnax.log import NoProgressError as NoProgressError
 from learnax.log import in_notebook as in_notebook
 from learnax.loop import Loop
@@ -188,6 +189,7 @@ class Trainer:
         del given["self"]
         self.parts = Parts(checks.Settings.of(given))
         self.loop = Loop(self.parts)
+        self.inference = Inference(self.parts, self.loop.session)
         self.maybe_init()
         if compile:
             self.parts.compile()
@@ -221,6 +223,39 @@ class Trainer:
     def sync_model(self) -> None:
         """Puts the trained parameters, and what the model carries on, into the user's own module, if that is NNX."""
         self.parts.sync()
+
+    def evaluate(self, dataset: Any, *, params: Any = None) -> dict[str, float]:
+        """Means of losses and metrics over any dataset, as a validation has them. The run stays as it is.
+
+        Args:
+            dataset: of data like those of training.
+            params: None for the parameters that a validation sees now; "best", "latest" or a step for a checkpoint's;
+                or a tree of them.
+
+        Raises:
+            RuntimeError: the run is under way.
+            ValueError, TypeError: no dataset, an empty one, data or parameters that do not fit the model.
+            FileNotFoundError: a checkpoint that is not there.
+        """
+        return self.inference.evaluate(dataset, params)
+
+    @overload
+    def predict(self, dataset: Any, *, params: Any = None) -> Iterator[Any]: ...
+    @overload
+    def predict(self, dataset: Any, *, params: Any = None, stacked: bool) -> Any: ...
+    def predict(self, dataset: Any, *, params: Any = None, stacked: bool = False) -> Any:
+        """What the model makes of each datum, in the mode of validation; losses are not called. The run stays as it is.
+
+        Args:
+            dataset: of data like those of training; what the model does without, a label for one, may be left out.
+            params: see `evaluate`, also for what is raised.
+            stacked: whether all outputs are wanted at once.
+
+        Returns:
+            An iterator of outputs in the order of the data, pytrees of numpy arrays: computed as they are asked for,
+            by several batches; training may not go on in between. Stacked, one pytree of arrays `(n, ...)`.
+        """
+        return self.inference.predict(dataset, params, stacked=stacked)
 
     @overload
     def preflight(self) -> Preflight: ...

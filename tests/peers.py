@@ -452,7 +452,45 @@ def named_runs(results):
     run.finish()
 
 
-ALL = (train_all, misuse, fails_before, fails_while, resumed, named_runs)
+def inferred(results):
+    """Evaluation and prediction, of a state that each process has whole and of one that is divided."""
+    data = make_data(TAIL, 1)
+    for kind, width in (("plain", 16), ("divided", 16384)):
+        options = {
+            "model": MLP(width),
+            "shard_state": kind == "divided",
+            "registry": Registry(kind, os.environ["PEERS"]),
+        }
+        trainer = make_trainer(devices=None, val_datasets=[data], **options)
+        trainer.train()
+        results[kind] = {
+            "width": width,
+            "validated": {name: trainer.metrics[f"val/{name}"][-1] for name in ("loss", "rmse")},
+            "evaluated": trainer.evaluate(Streamed(data)),
+            "of the latest": trainer.evaluate(data, params="latest"),
+            "outputs": trainer.predict(data, stacked=True),
+            "listed": np.stack(list(trainer.predict(Streamed(data)))),
+            "params": jax.tree.map(trainer.engine.whole, trainer.train_state.params),
+        }
+    try:
+        trainer.evaluate(data[: TAIL - jax.process_index()])
+    except ValueError as error:
+        results["differ"] = str(error)
+
+    class Broken(Streamed):
+        def __getitem__(self, index):
+            if index > 8 and jax.process_index() == 1:
+                raise LookupError("no data on this machine")
+            return super().__getitem__(index)
+
+    try:
+        trainer.predict(Broken(make_data(43)), stacked=True)
+    except Exception as error:
+        results["failed"] = type(error).__name__, str(error)
+        raise
+
+
+ALL = (train_all, misuse, fails_before, fails_while, resumed, named_runs, inferred)
 SCENARIOS = {function.__name__: function for function in ALL}
 
 if __name__ == "__main__":

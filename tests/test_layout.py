@@ -16,7 +16,7 @@ from tests.helpers import ROOT, run_script
 ROOMS = [
     ["__main__"],
     ["trainer"],
-    ["loop"],
+    ["loop", "inference"],
     ["session"],
     ["parts"],
     ["hooks"],
@@ -85,8 +85,8 @@ def length(node):
 
 def test_a_run_is_read_on_a_page():
     text = (PACKAGE / "trainer.py").read_text()
-    assert len(text.splitlines()) <= 400
-    assert len(set(imported(PACKAGE / "trainer.py"))) <= 8
+    assert len(text.splitlines()) <= 440
+    assert len(set(imported(PACKAGE / "trainer.py"))) <= 9
     loop = ast.parse((PACKAGE / "loop.py").read_text())
     (cls,) = [node for node in loop.body if isinstance(node, ast.ClassDef)]
     methods = {node.name: node for node in cls.body if isinstance(node, ast.FunctionDef)}

@@ -8,7 +8,13 @@ from learnax.checks.arguments import check_profile as check_profile
 from learnax.checks.arguments import check_sharded as check_sharded
 from learnax.checks.arguments import check_split as check_split
 from learnax.checks.arguments import checked as checked
+from learnax.checks.data import check_dataset as check_dataset
+from learnax.checks.data import check_no_arrays as check_no_arrays
 from learnax.checks.data import splits_of as splits_of
+from learnax.checks.given import check_datum as check_datum
+from learnax.checks.given import check_params as check_params
+from learnax.checks.given import checkpoint_of as checkpoint_of
+from learnax.checks.given import taken_of as taken_of
 from learnax.checks.model import Traced as Traced
 from learnax.checks.model import check_model as check_model
 from learnax.checks.model import tell_random as tell_random

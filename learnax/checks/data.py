@@ -39,7 +39,7 @@ def splits_of(settings: Settings) -> tuple[dict[str, Any], dict[str, FirstDatum]
     for name, dataset in named.items():
         check_dataset(name, dataset, 1, batch_size)
         splits[name], data[name] = dataset, first_datum(name, dataset)
-        _check_no_arrays(name, dataset, data["train"])
+        check_no_arrays(name, dataset, data["train"])
     return splits, data
 
 
@@ -207,7 +207,7 @@ def _whole_text(dataset: Sequence[Any]) -> str:
     )
 
 
-def _check_no_arrays(name: str, dataset: Any, first: FirstDatum) -> None:
+def check_no_arrays(name: str, dataset: Any, first: FirstDatum) -> None:
     """Raises ValueError for a validation set `(X, y)` where training data are something else than one array."""
     if _whole_arrays(dataset) and not same_structure([dataset[0]], first.arguments):
         raise ValueError(f"dataset {name!r} has {len(dataset)} data: {_whole_text(dataset)}")

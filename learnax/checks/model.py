@@ -127,7 +127,7 @@ class _Trace:
         first = self._data["train"].arguments
         made = model.made()
         look = lambda: jax.eval_shape(self._init, any_key(), first)  # noqa: E731
-        return jax.eval_shape(lambda: made) if made is not None else _model_fits("train", model, first, first, look)
+        return jax.eval_shape(lambda: made) if made is not None else model_fits("train", model, first, first, look)
 
     def _look(self) -> Traced:
         settings = self._settings
@@ -147,7 +147,7 @@ class _Trace:
         for split in self._data:
             arguments = self._seen(split)
             look = functools.partial(model.ready, params, model_state, *arguments)
-            ready, drawn, output = _model_fits(split, model, arguments, first, look)
+            ready, drawn, output = model_fits(split, model, arguments, first, look)
             if split == "train":
                 model, asked = ready, drawn
             watching = watched(settings.losses, Seen(split, arguments, output, model.batched, self._rows))
@@ -175,11 +175,7 @@ class _Trace:
 
     def _seen(self, split: str) -> list[Any]:
         """A split's first datum as the model sees it: a batched one, as a share of its like."""
-        arguments = self._data[split].arguments
-        if not self._settings.adapter.batched:
-            return arguments
-        shape = lambda leaf: jax.ShapeDtypeStruct((self._rows, *jnp.shape(leaf)), jnp.result_type(leaf))  # noqa: E731
-        return jax.tree.map(shape, arguments)
+        return shown_to(self._settings.adapter, self._data[split].arguments, self._rows)
 
     def _is_by_datum(self, value: Any) -> bool:
         """Whether a loss or metric of a share is given for each datum of it."""
@@ -222,6 +218,15 @@ class _Trace:
         )
 
 
+def shown_to(model: Model, datum: list[Any], rows: int) -> list[Any]:
+    """A datum as a model sees it: a batched one, as a share of so many like it."""
+    if not model.batched:
+        return datum
+    shape = lambda leaf: jax.ShapeDtypeStruct((rows, *jnp.shape(leaf)), jnp.result_type(leaf))  # noqa: E731
+    shapes: list[Any] = jax.tree.map(shape, datum)
+    return shapes
+
+
 def _primitives(jaxpr: Any) -> Iterator[str]:
     for equation in jaxpr.eqns:
         yield equation.primitive.name
@@ -245,7 +250,7 @@ def _check_params(params: PyTree) -> None:
         )
 
 
-def _model_fits(split: str, model: Model, datum: list[Any], first: list[Any], trace: Callable[[], T]) -> T:
+def model_fits(split: str, model: Model, datum: list[Any], first: list[Any], trace: Callable[[], T]) -> T:
     """What tracing the model gives; a ValueError with the datum where it fails."""
     try:
         return trace()

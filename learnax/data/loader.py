@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
+from learnax.data.at_once import SLICED, stacked_at_once
 from learnax.data.batch import Block, copied, signature_of, stack_batches, stack_on_host
 from learnax.data.reading import Collate, Heed, Here, Ranges, Reader, read_item
 from learnax.utils import PyTree, describe, same_structure, tree_bytes
@@ -31,8 +32,8 @@ class Loader:
         group: batches that belong together; a group that is not whole is skipped with the tail.
         room: batches in a block.
         budget: bytes that a list may take on the devices.
-        heed: raises to stop. It is called before each datum that is read here, and about every second, in another
-            thread, while a worker is waited for; what is half read then is read again.
+        heed: raises to stop. It is called before each datum that is read here (of a list or array, each block), and
+            about every second, in another thread, while a worker is waited for; what is half read then is read again.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Loader:
         self._ranges = Ranges(size, stop, batch_size, (first, last))
         self._collate = Collate(name, last - first)
         self._heed = Heed(heed)
+        self._at_once = type(dataset) in SLICED and not num_workers and last - first == batch_size
         self._reader: Reader = Here(name, dataset, self._ranges, self._collate, self._heed)
         self._workers = num_workers
         if num_workers:
@@ -129,6 +131,8 @@ class Loader:
 
     def _read(self, start: int) -> Iterator[Block]:
         """Blocks of batches of one signature each; what was read before an error of the data is given first."""
+        if self._at_once:
+            start = yield from self._read_at_once(start)
         batches: list[list[Any]] = []
         size = 0
         try:
@@ -152,6 +156,22 @@ class Loader:
             raise
         if batches:
             yield self._block(batches, size)
+
+    def _read_at_once(self, start: int) -> Generator[Block, None, int]:
+        """Blocks of a list or array; returns the number of the batch from which on it is to be read one by one."""
+        for number in range(start, len(self), self.room):
+            self._heed()
+            end = min(number + self.room, len(self)) * self.batch_size
+            indices = range(number * self.batch_size, min(end, self.size))
+            data = self.dataset[indices.start : indices.stop]
+            if len(data) < len(indices):  # it is shorter by now
+                return number
+            host = stacked_at_once(data, (self.room, self.batch_size))
+            if host is None:
+                return number
+            device = self._put(host)
+            yield Block(host, device, len(data), self.batch_size, signature_of(device))
+        return len(self)
 
     def _group_text(self, indices: range, before: list[Any], batch: list[Any]) -> str:
         return (

@@ -26,6 +26,7 @@ from learnax.step import (
     has_own_evaluation,
     mean_loss,
     packs,
+    predict_many,
     train_many,
     update,
 )
@@ -37,7 +38,7 @@ Sums = list[tuple[Scalars, int, int]]
 
 
 class Programs:
-    """Training, evaluation, and an update by hand, compiled by an engine.
+    """Training, evaluation, prediction, and an update by hand, compiled by an engine.
 
     Args:
         engine: compiles them.
@@ -69,6 +70,10 @@ class Programs:
             (seen, SAME, BATCHES, SAME, SAME),
             (SAME, SAME),
         )
+        self._predict = Kind(
+            "predict", functools.partial(predict_many, recipe), (seen, SAME, BATCHES, SAME, SAME), (SAME, BATCHES)
+        )
+        self._gather = Kind("gather", lambda outputs: (outputs,), (BATCHES,), (SAME,), whole=True)
         # Nothing is donated: the caller's state stays usable.
         self._update = Kind("update", functools.partial(update, recipe), (layout, SAME, SPLIT), (layout, SAME, SPLIT))
         self._weights = Kind("weights", self._own_weights, (layout,), (engine.params_layout,), whole=True)
@@ -165,6 +170,23 @@ class Programs:
             program = self._engine.program(self._tail(tail), block.signature, args)
             sums.append((*program(*args), 1, tail))
         return seq, sums
+
+    def predict(self, state: TrainState, seq: jax.Array, block: Block) -> tuple[jax.Array, PyTree]:
+        """Dispatches the model on a block; see `learnax.step.predict_many`.
+
+        Args:
+            state: see `evaluated`.
+            seq: the random sequence.
+            block: the data: of each, what the model takes.
+
+        Returns:
+            The random sequence after it, and the outputs, leaves `(n, batch_size, ...)`, whole for each process.
+        """
+        args = self._evaluate_args(state, seq, block.device, len(block), block.size)
+        seq, outputs = self._engine.program(self._predict, block.signature, args)(*args)
+        if self._engine.spans:
+            (outputs,) = self._engine.program(self._gather, signature_of(outputs), (outputs,))(outputs)
+        return seq, outputs
 
     def wanted(
         self, live: TrainState | Packed, seq: jax.Array, blocks: Mapping[str, PyTree], tails: Mapping[str, int]

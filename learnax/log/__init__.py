@@ -8,3 +8,4 @@ from learnax.log.log import Log as Log
 from learnax.log.log import Means as Means
 from learnax.log.log import NoProgressError as NoProgressError
 from learnax.log.log import in_notebook as in_notebook
+from learnax.log.log import progress_bar as progress_bar

@@ -136,7 +136,7 @@ class Log:
     @contextlib.contextmanager
     def session(self, done: int) -> Iterator[None]:
         """Shows a progress bar inside, and leaves with everything written; `done` steps were made before."""
-        self._bar = _bar(self._steps, done, shown=self._processes.first)
+        self._bar = progress_bar(self._steps, done, shown=self._processes.first)
         self._began = self._last_read = time.perf_counter()
         self._waited_before, self._rows_before = self._phases.data.seconds, self.rows
         self._dropped_before = self._dropped
@@ -503,8 +503,17 @@ def _full_name(name: str) -> str:
     return name if name.startswith("grads/") else f"train/{name}"
 
 
-def _bar(total: int, done: int, *, shown: bool) -> Any:
-    options: dict[str, Any] = {"total": total, "initial": done, "unit": "step", "dynamic_ncols": True}
+def progress_bar(total: int, done: int = 0, *, shown: bool, unit: str = "step", what: str | None = None) -> Any:
+    """A bar of tqdm's, or of a notebook's.
+
+    Args:
+        total: of what is counted.
+        done: how many of them are done.
+        shown: whether anything is drawn.
+        unit: what is counted.
+        what: what is done.
+    """
+    options: dict[str, Any] = {"total": total, "initial": done, "unit": unit, "desc": what, "dynamic_ncols": True}
     if not shown:
         return tqdm(**options, disable=True)
     if in_notebook():

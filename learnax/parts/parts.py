@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from learnax.log import Log
 from learnax.parts.draft import Draft
 from learnax.parts.fitting import Fitting
 from learnax.parts.progress import Progress
+from learnax.parts.weights import Weights
 from learnax.profiling import clock
 from learnax.profiling.ledger import Ledger
 from learnax.profiling.marks import marks_for
@@ -35,6 +37,7 @@ from learnax.profiling.profiler import NoProfiler, Profiler, WindowProfiler
 from learnax.profiling.watchdog import Watchdog
 from learnax.registry import Registry
 from learnax.step import evaluated
+from learnax.utils import PyTree
 
 NAME = "trainer"
 """The folder of a run without an id, in its registry."""
@@ -51,6 +54,7 @@ class Parts:
         processes: of the run: which of them this is, and what they agree on.
         stops: what ends a run before its last step.
         first: each split's first datum.
+        traced: what tracing model and losses told.
         model: what is trained.
         engine: compiles, and lays data out on the devices.
         draft: what the step is made of on these devices.
@@ -61,6 +65,7 @@ class Parts:
         log: the metrics.
         checkpointer: the run's saves; or None.
         progress: where it stands.
+        weights: its parameters, by what a user calls them.
         hooks: what it does between its steps.
         validation: what it does after some of its epochs.
         profiler: the windows of steps that a profiler looks at.
@@ -80,7 +85,7 @@ class Parts:
 
         # The data, and what the model makes of them.
         splits, self.first = checks.splits_of(settings)
-        traced = self._traced = checks.check_model(settings, self.first, settings.batch_size // len(devices))
+        self.traced = traced = checks.check_model(settings, self.first, settings.batch_size // len(devices))
         checks.check_names(traced.metrics, list(splits))
         self.model = traced.model
 
@@ -101,6 +106,7 @@ class Parts:
         self.log = self._log()
         self.checkpointer = self._checkpointer()
         self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer)
+        self.weights = Weights(settings, self.engine, self.programs, self.progress, self.checkpointer)
         self.hooks = self._hooks(traced)
         self.validation = Validation(settings, self.loaders, self.engine, self.programs, self.phases, self.stops)
         self.profiler: Profiler = NoProfiler()
@@ -146,7 +152,7 @@ class Parts:
     def fit(self, target: str) -> Fit:
         """Compiles the run's programs for devices that are not here; all stays as it was."""
         kept = frozenset(name for name, loader in self.loaders.items() if loader.keeps)
-        return Fitting(self.settings, self._traced, self.first, self._sizes, kept).on(target_of(target))
+        return Fitting(self.settings, self.traced, self.first, self._sizes, kept).on(target_of(target))
 
     def ledger(self) -> Ledger:
         """Where the time went so far, and what the programs cost."""
@@ -164,13 +170,14 @@ class Parts:
         """Data of each split."""
         return {name: loader.size for name, loader in self.loaders.items()}
 
-    def _loader(self, name: str, dataset: Any) -> Loader | Repeated:
+    def loader(
+        self, name: str, dataset: Any, put: Callable[[PyTree], PyTree], *, room: int, group: int = 1, budget: int = 0
+    ) -> Loader:
+        """A dataset as batches, read as those of the run are; see `learnax.data.Loader`."""
         settings = self.settings
-        put = functools.partial(self.engine.put, spec=BATCHES)
         rows = settings.batch_size // len(self.engine.devices)
         first, last = self.engine.share
-        group = settings.accumulate_steps if name == "train" else 1
-        loader = Loader(
+        return Loader(
             name,
             dataset,
             settings.batch_size,
@@ -178,11 +185,17 @@ class Parts:
             num_workers=0 if settings.single else settings.num_workers,
             share=(first * rows, last * rows),
             group=group,
-            room=self.draft.room(name),
-            budget=RESIDENT_BYTES,
+            room=room,
+            budget=budget,
             put=put,
             heed=self.stops.heed,
         )
+
+    def _loader(self, name: str, dataset: Any) -> Loader | Repeated:
+        settings = self.settings
+        put = functools.partial(self.engine.put, spec=BATCHES)
+        group = settings.accumulate_steps if name == "train" else 1
+        loader = self.loader(name, dataset, put, room=self.draft.room(name), group=group, budget=RESIDENT_BYTES)
         if settings.single:
             length = settings.epoch_steps * settings.accumulate_steps
             return Repeated(loader, length, datum=settings.single_datum, put=put)

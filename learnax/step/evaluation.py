@@ -43,16 +43,22 @@ def evaluate(
         The random sequence after it (a full batch takes a key from it, a tail does not), and the parts of loss and
         metrics over all devices, one row; their names are `Part`s. A NaN stays a NaN.
     """
-    after, key = jax.random.split(seq)
     left = size - index * recipe.batch_size
-    full = left >= recipe.batch_size
-    # A tail draws from a key beside the sequence, so that the sequence is the same with tails as without.
-    keys = keys_of(recipe, jnp.where(full, key, jax.random.fold_in(key, left)))
+    after, keys = keys_of_left(recipe, seq, left)
     losses, metrics = _evaluated(recipe, state, keys, batch_of(batches, index))
     share = recipe.batch_size // recipe.shards
     real = shard_index(recipe) * share + jnp.arange(share, dtype=jnp.int32) < left
     parts = over_devices(recipe, _parts({**metrics, "loss": losses}, share, real if recipe.by_datum else None))
-    return jnp.where(full, after, seq), Scalars.row(_exact(parts))
+    return after, Scalars.row(_exact(parts))
+
+
+def keys_of_left(recipe: Recipe, seq: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The random sequence after a batch, and this device's keys for it; it is a tail where fewer data are left."""
+    after, key = jax.random.split(seq)
+    full = left >= recipe.batch_size
+    # A tail draws from a key beside the sequence, so that the sequence is the same with tails as without.
+    keys = keys_of(recipe, jnp.where(full, key, jax.random.fold_in(key, left)))
+    return jnp.where(full, after, seq), keys
 
 
 def evaluate_tail(

@@ -92,17 +92,20 @@ def share_loss(
     training: bool = True,
 ) -> Seen:
     """The same of a share, for a model that sees all of it; a loss or metric is `(n,)`, or one for the whole share."""
-    rows = len(jax.tree.leaves(batch)[0])
     output, after = model.apply(params, model_state, key, *batch, training=training)
     output, loss, metrics = call_loss(losses, output, batch, step, loss_key(losses, key))
+    output = by_datum(output, len(jax.tree.leaves(batch)[0]))
+    return output, as_arrays(loss), {name: as_arrays(value) for name, value in metrics.items()}, after
 
-    def by_datum(leaf: Any) -> jax.Array:
+
+def by_datum(output: Any, rows: int) -> Any:
+    """The output of a model that sees a share of so many data: what is of the whole share is given to each of them."""
+
+    def one(leaf: Any) -> jax.Array:
         leaf = jnp.asarray(leaf)
         return leaf if leaf.ndim and len(leaf) == rows else jnp.broadcast_to(leaf, (rows, *leaf.shape))
 
-    # What is of the whole share is given to each of its data.
-    output = jax.tree.map(by_datum, output)
-    return output, as_arrays(loss), {name: as_arrays(value) for name, value in metrics.items()}, after
+    return jax.tree.map(one, output)
 
 
 def batch_losses(
