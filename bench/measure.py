@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bench.opponents import OPPONENTS, Contender, Learnax, Round, why_not

@@ -28,7 +28,7 @@ ROOMS = [
     ["step"],
     ["models", "loss"],
     ["cluster"],
-    ["metrics", "profiling"],
+    ["metrics", "profiling", "sinks"],
     ["utils"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
