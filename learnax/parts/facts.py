@@ -22,7 +22,9 @@ import optax
 from learnax.checkpoint.folder import Folder, best
 from learnax.checks.texts import name_of
 from learnax.log import named_run
+from learnax.loss import LossPipe
 from learnax.profiling.ledger import START, TITLES
+from learnax.registry import Registry
 
 if TYPE_CHECKING:
     from learnax.parts.parts import Parts
@@ -157,7 +159,12 @@ def _in_words(value: Any) -> str:
     if isinstance(value, optax.GradientTransformation):
         return f"optax.{getattr(value.init, '__qualname__', 'transformation').partition('.')[0]}"
     if inspect.isroutine(value):
-        return name_of(value)
+        # Of a function that another one made, the other's name says more: `cosine_decay_schedule`.
+        return value.__qualname__.partition(".<locals>")[0]
+    if isinstance(value, LossPipe):
+        return f"LossPipe of {', '.join(name_of(loss) for loss in value.loss_list)}"
+    if isinstance(value, Registry):
+        return str(value.path)
     if hasattr(value, "__len__") and hasattr(value, "__getitem__") and not hasattr(value, "apply"):
         return f"{type(value).__name__} of {len(value):,}"
     text = _ADDRESS.sub("", " ".join(repr(value).split()))

@@ -24,10 +24,10 @@ class Curve:
     def __init__(self) -> None:
         self.count = 0
         self.width = 1
-        self._low = np.empty(0)
-        self._high = np.empty(0)
-        self._sums = np.empty(0)
-        self._numbers = np.empty(0)
+        self._low: np.ndarray = np.empty(0)
+        self._high: np.ndarray = np.empty(0)
+        self._sums: np.ndarray = np.empty(0)
+        self._numbers: np.ndarray = np.empty(0)
 
     def extend(self, values: np.ndarray) -> None:
         """Takes more values; what is not finite counts in none of the three."""
@@ -61,7 +61,7 @@ class Curve:
         rows = np.concatenate([values, np.full(more, np.nan)]).reshape(-1, self.width)
         low: np.ndarray = np.fmin.reduce(rows, axis=1)
         high: np.ndarray = np.fmax.reduce(rows, axis=1)
-        numbers = np.sum(~np.isnan(rows), axis=1, dtype=np.float64)
+        numbers: np.ndarray = np.asarray(np.sum(~np.isnan(rows), axis=1, dtype=np.float64))
         if joins:
             self._low[-1] = np.fmin(self._low[-1], low[0])
             self._high[-1] = np.fmax(self._high[-1], high[0])

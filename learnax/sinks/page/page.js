@@ -29,7 +29,7 @@
     if (value === null || value === undefined || Number.isNaN(value)) return "–";
     if (value === 0) return "0";
     const size = Math.abs(value);
-    if (size >= 1e6 || size < 1e-3) return value.toExponential(2).replace("e+", "e");
+    if (size >= 1e6 || size < 1e-3) return value.toExponential(2).replace(/\.?0*e\+?/, "e");
     return String(Number(value.toPrecision(4)));
   };
   const amount = (value, unit) => {
@@ -124,22 +124,36 @@
     if (!means.length) return null;
     const quantile = part => means[Math.min(means.length - 1, Math.floor(part * means.length))];
     let [least, most] = [means[0], means.at(-1)];
-    const room = quantile(0.98) - quantile(0.02);
-    if (room > 0) { most = Math.min(most, quantile(0.98) + 3 * room); least = Math.max(least, quantile(0.02) - 3 * room); }
-    return [least, most];
+    const all = [least, most];
+    const room = quantile(0.97) - quantile(0.03);
+    if (room > 0) { most = Math.min(most, quantile(0.97) + room); least = Math.max(least, quantile(0.03) - room); }
+    return Object.assign([least, most], { whole: all });
   };
 
-  const draw = (host, { title, lines, xmax, format = number, marks = [], best = null, wide = false }) => {
+  // A moving mean of what is noisy, or the median of what has spikes: as wide as a sixtieth of the chart.
+  const smoothed = (line, median) => {
+    const reach = Math.floor(line.mean.length / 120);
+    if (!line.dense || reach < 1) return null;
+    return Float32Array.from(line.mean, (_, place) => {
+      const near = Array.from(line.mean.slice(Math.max(0, place - reach), place + reach + 1)).filter(Number.isFinite);
+      if (!near.length) return NaN;
+      if (median) return near.sort((a, b) => a - b)[near.length >> 1];
+      return near.reduce((a, b) => a + b, 0) / near.length;
+    });
+  };
+
+  const draw = (host, { title, lines, xmax, format = number, median = false, marks = [], best = null, wide = false }) => {
     const range = span(lines);
     if (!range) return;
     const key = el("div", { class: "key", "aria-live": "off" });
     const button = el("button", { type: "button" }, "log");
+    for (const line of lines) line.smooth = smoothed(line, median);
     const figure = el("figure", { class: wide ? "wide" : null }, el("div", { class: "head" }, el("h3", {}, title), button), key);
     const box = el("div", { tabindex: "0", role: "group", "aria-label": `${title}: the arrow keys move along the steps` });
     figure.append(box);
     host.append(figure);
-    const positive = range[0] > 0;
-    let log = positive && range[1] / range[0] > 20, step = null, view = null;
+    const positive = range.whole[0] > 0;
+    let log = positive && range.whole[1] / range.whole[0] > 20, step = null, view = null;
     button.hidden = !positive;
 
     const told = () => {
@@ -165,7 +179,8 @@
       const named = width > 420 && lines.length > 1;
       const top = 8, bottom = 24, left = 48, right = named ? 74 : 14;
       let [least, most] = range;
-      if (!log) {
+      if (log) [least, most] = range.whole;
+      else {
         const [low, high] = extent(lines), room = most - least || Math.abs(most) || 1;
         least = Math.max(low, least - 0.25 * room); most = Math.min(high, most + 0.25 * room);
         if (least > 0 && least < 0.3 * most) least = 0;
@@ -196,7 +211,8 @@
         picture.append(svg("text", { x: left - 7, y: y(level) + 4, "text-anchor": "end" }, format(Number(level.toPrecision(4)))));
       }
       picture.append(svg("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }));
-      for (const tick of ticks(0, xmax, width / 110)) picture.append(svg("text", { x: x(tick), y: height - 7, "text-anchor": "middle" }, brief(tick)));
+      for (const tick of ticks(0, xmax, width / 110)) if (x(tick) < width - right - 44) picture.append(svg("text", { x: x(tick), y: height - 7, "text-anchor": "middle" }, brief(tick)));
+      picture.append(svg("text", { x: width - right, y: height - 7, "text-anchor": "end" }, "steps"));
       for (const mark of marks) picture.append(svg("line", { class: "mark", x1: x(mark), x2: x(mark), y1: top, y2: height - bottom }));
 
       const inside = svg("g", { "clip-path": `url(#${id})` });
@@ -209,18 +225,19 @@
           const floor = log ? Float32Array.from(line.low, value => Math.max(value, least / 10)) : line.low;
           inside.append(svg("polygon", { points: [...path(line.high), ...path(floor).reverse()].join(" "), style: `fill:${line.color}`, opacity: 0.17 }));
         }
-        inside.append(svg("polyline", {
-          points: path(line.mean).join(" "), fill: "none", style: `stroke:${line.color}`,
-          "stroke-width": line.thin ? 1.1 : 1.8, "stroke-linejoin": "round", opacity: line.thin ? 0.75 : 1,
+        const stroke = (values, thickness, opacity) => inside.append(svg("polyline", {
+          points: path(values).join(" "), fill: "none", style: `stroke:${line.color}`, "stroke-width": thickness, "stroke-linejoin": "round", opacity,
         }));
+        if (line.smooth && !line.thin) stroke(line.mean, 1, 0.32);
+        stroke(line.smooth || line.mean, line.thin ? 1.2 : 1.9, line.thin ? 0.8 : 1);
         if (!line.dense && places.length <= 60)
           for (const place of places) picture.append(svg("circle", { cx: x(line.x[place]), cy: Math.min(Math.max(y(line.mean[place]), top), height - bottom), r: places.length > 30 ? 1.8 : 2.6, style: `fill:${line.color}` }));
-        if (places.length) ends.push({ line, y: Math.min(Math.max(y(line.mean[places.at(-1)]), top + 6), height - bottom - 2), x: x(line.x[places.at(-1)]) });
+        if (places.length) ends.push({ line, y: Math.min(Math.max(y((line.smooth || line.mean)[places.at(-1)]), top + 6), height - bottom - 2), x: x(line.x[places.at(-1)]) });
       }
       if (best) {
         picture.append(svg("circle", { cx: x(best.step), cy: y(best.value), r: 6, fill: "none", style: "stroke:var(--ink)", "stroke-width": 1.5 }));
         const late = x(best.step) > (left + width - right) / 2;
-        picture.append(svg("text", { class: "label", x: x(best.step) + (late ? -10 : 10), y: Math.max(y(best.value) - 9, top + 10), "text-anchor": late ? "end" : "start", style: "fill:var(--ink)" }, `best ${format(best.value)}`));
+        picture.append(svg("text", { class: "label", x: x(best.step) + (late ? -10 : 10), y: y(best.value) < top + 24 ? y(best.value) + 20 : y(best.value) - 10, "text-anchor": late ? "end" : "start", style: "fill:var(--ink)" }, `best ${format(best.value)}`));
       }
       if (named) {
         ends.sort((a, b) => a.y - b.y);
@@ -305,7 +322,7 @@
   };
 
   const curves = (run, each, best) => {
-    const host = section("curves", "Curves", "Training is the mean of so many steps as fit into a pixel, with the least and the largest behind it. Point at a chart for its values.");
+    const host = section("curves", "Curves", "Behind each line of training stand the steps themselves, the least and the largest of as many as share a pixel. Point at a chart for its values.");
     const xmax = Math.max(run.step, 1, ...each.map(one => one.x.length ? one.x.at(-1) : 0));
     const marks = run.events.filter(event => event.what === "resumed" && event.step > 0).map(event => event.step);
     groups.forEach((title, group) => {
@@ -324,7 +341,7 @@
         const odd = shown.length % 2 === 1;
         draw(grid, {
           title: titled(metric), xmax, marks, wide: odd && place === 0,
-          format: metric === "update_time" ? seconds : number,
+          format: metric === "update_time" ? seconds : number, median: metric === "update_time",
           best: best && lines.some(one => one.name === best.name) ? best : null,
           lines: lines.map(one => ({ ...one, label: one.own ? one.metric : one.split === "train" ? "training" : one.split, color: color(one.split === "train" || one.own ? 0 : splits.filter(split => split !== "train").indexOf(one.split) + 1) })),
         });
@@ -409,7 +426,7 @@
     least = Math.max(least, most * 1e-8);
     const card = el("div", { class: "card" }), key = el("div", { class: "key" });
     const grouped = names.length < run.norms.parameters ? `, ${run.norms.parameters} of them in ${names.length} groups` : "";
-    host.append(el("p", { class: "lead" }, `A row for each parameter${grouped}, darker where the norm is larger, over the steps from left to right. Red is not finite.`), card);
+    host.append(el("p", { class: "lead" }, `A row for each parameter${grouped}, stronger where the norm is larger, over the steps from left to right. Red is not finite.`), card);
     const canvas = el("canvas", { role: "img", tabindex: "0", "aria-label": `norms of the gradients of ${names.join(", ")} over the steps, from ${number(least)} to ${number(most)}` });
     const grid = el("div", { class: "heat" }, el("ol", {}, ...names.map(name => el("li", { class: "mono", title: name }, el("bdi", {}, name)))), canvas);
     card.append(key, grid);
@@ -500,16 +517,17 @@
     const xmax = Math.max(1, ...all.flat().map(one => one.x.length ? one.x.at(-1) : 0));
     groups.forEach((title, group) => {
       const metrics = [...new Set(all.flat().filter(one => groupOf(one) === group && one.count).map(one => one.metric))].sort((a, b) => rank(a) - rank(b));
-      const grid = el("div", { class: "charts" });
+      const grid = el("div", { class: "charts" }), head = el("p", { class: "group" }, title);
+      host.append(head, grid); // first: a chart asks how wide it is
       for (const metric of metrics) {
         const lines = all.flatMap((each, place) => each.filter(one => one.metric === metric && groupOf(one) === group && one.count).map(one => ({
           ...one, color: color(place), thin: one.split === "train", band: false,
           label: one.own || one.split === "train" ? runs[place].label : `${runs[place].label}, ${one.split}`,
         })));
         if (group === 1 && lines.every(isFlat) && new Set(lines.map(line => line.last)).size === 1) continue;
-        draw(grid, { title: titled(metric), lines, xmax, format: metric === "update_time" ? seconds : number, wide: metric === "loss" });
+        draw(grid, { title: titled(metric), lines, xmax, format: metric === "update_time" ? seconds : number, median: metric === "update_time", wide: metric === "loss" });
       }
-      if (grid.children.length) host.append(el("p", { class: "group" }, title), grid);
+      if (!grid.children.length) { head.remove(); grid.remove(); }
     });
 
     const given = section("arguments", "Arguments that differ");
