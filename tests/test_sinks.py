@@ -387,9 +387,7 @@ def test_one_place_twice_in_a_run_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"run\[1\] is JsonLines\('a'\) a second time; each row would be logged twice"):
         make_trainer(run=[one, one])
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    with pytest.raises(
-        ValueError, match=r"JsonLines\('link'\) and JsonLines\('a'\) of run= are one place; give each a"
-    ):
+    with pytest.raises(ValueError, match=r"JsonLines\('link'\) and JsonLines\('a'\) of run= are one place; give"):
         make_trainer(run=[one, JsonLines("link")])
 
 

@@ -50,7 +50,7 @@ def opened_folder(folder: Path, what: str) -> int:
         ) from None
     except OSError as error:
         raise _named(error, f"run: the folder of {what} cannot be made") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(
             errno.EACCES, f"run: {what} cannot write into {folder}: no permission; name another folder"
         )
