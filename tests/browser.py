@@ -31,8 +31,8 @@ class Browser:
             *("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"),
             *("--disable-dev-shm-usage", "--no-first-run", f"--user-data-dir={self._profile}", "about:blank"),
         ]
-        # The browser reads file 3 and writes file 4.
-        command = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "sh", CHROMIUM, *options]
+        # The browser reads file 3 and writes file 4. Debian's sh knows no files beyond 9.
+        command = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "bash", CHROMIUM, *options]
         self._process = subprocess.Popen(command, pass_fds=(to_read, to_write), stderr=subprocess.DEVNULL)
         os.close(to_read)
         os.close(to_write)
