@@ -26,8 +26,8 @@ _ROWS, _COLUMNS = 48, 240
 """Rows and columns of the picture of the gradients' norms at most."""
 _EVENTS = 200
 """Events that a page keeps."""
-_OWN = 2000
-"""Values of a metric of the user's own that a page keeps."""
+_OWN = 8000
+"""Values of the user's own metrics that a page shows, and half as many of each that it keeps."""
 
 
 class Report(InPath):
@@ -37,7 +37,8 @@ class Report(InPath):
     updates; where the time went; the gradients' norms by parameter; programs, checkpoints, arguments, versions and
     devices. It is written anew while the run goes on, so that a reload shows how it stands: each ten seconds or so, and
     seldom enough to take less than a hundredth of the time. A reader never finds half of it. A run that goes on after a
-    kill goes on with its page; a fresh one moves the page of another run aside.
+    kill goes on with its page: all metrics are there, but of what only the page keeps (norms, a user's own values) the
+    last seconds before the kill may be missing. A fresh run moves the page of another one aside.
 
     `python -m learnax report FOLDER FOLDER --out compare.html` lays several over each other.
 
@@ -161,7 +162,7 @@ class Story:
                 continue
             kept = self._own.setdefault(name, [])
             kept.append((float(row["step"]), float(plain)))
-            if len(kept) > 2 * _OWN:
+            if len(kept) > _OWN // 2:
                 del kept[1::2]
 
     def go_on(self, earlier: Mapping[str, Any], start: Start, *, same: bool) -> None:
@@ -184,8 +185,8 @@ class Story:
             self._seconds = earlier["seconds_before"] + earlier["ledger"]["wall"]
             self._norms = earlier["norms"] and _up_to(earlier["norms"], start.step)
         if earlier["state"] == "running" and not same:
-            text = "without a word: killed, or out of memory; last seen here"
-            self.tell("ended", earlier["step"], text, earlier["written"])
+            text = "without a word: killed, or out of memory; it came to this step at least"
+            self.tell("ended", max(earlier["step"], start.step), text, earlier["written"])
         if not same or earlier["state"] == "stopped":
             self.tell("resumed", start.step)
 
@@ -196,9 +197,11 @@ class Story:
         self._saves = {number: save | {"there": False, "best": False} for number, save in self._saves.items()}
         for save in facts["saves"]:
             self._saves[save["number"]] = save | {"there": True}
+        most = max(_OWN // max(len(self._own), 1), 8)
         own = [
-            {"name": name, "x": [x for x, _ in kept], "y": [_told(y) for _, y in kept]}
+            {"name": name, "x": [x for x, _ in some], "y": [_told(y) for _, y in some]}
             for name, kept in self._own.items()
+            for some in [kept[:: -(-len(kept) // most)]]
         ]
         return {
             "version": 1,

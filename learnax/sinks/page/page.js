@@ -407,7 +407,8 @@
   };
 
   const ledger = run => {
-    const host = section("time", "Where the time went", `${run.ledger.verdict[0].toUpperCase()}${run.ledger.verdict.slice(1)}.`);
+    const before = run.seconds_before ? ` This is the last start; those before took ${seconds(run.seconds_before)}.` : "";
+    const host = section("time", "Where the time went", `${run.ledger.verdict[0].toUpperCase()}${run.ledger.verdict.slice(1)}.${before}`);
     const most = Math.max(...run.ledger.rows.map(row => row.seconds), 1e-9);
     host.append(table(["part", "#seconds", "#share", "| "],
       run.ledger.rows.filter(row => row.seconds > 5e-4 * run.ledger.wall).map(row => [row.name, seconds(row.seconds), share(row.seconds, run.ledger.wall), el("i", { class: row.start ? "start" : "", style: `width:${100 * row.seconds / most}%` })]),
@@ -519,14 +520,16 @@
       const metrics = [...new Set(all.flat().filter(one => groupOf(one) === group && one.count).map(one => one.metric))].sort((a, b) => rank(a) - rank(b));
       const grid = el("div", { class: "charts" }), head = el("p", { class: "group" }, title);
       host.append(head, grid); // first: a chart asks how wide it is
-      for (const metric of metrics) {
-        const lines = all.flatMap((each, place) => each.filter(one => one.metric === metric && groupOf(one) === group && one.count).map(one => ({
-          ...one, color: color(place), thin: one.split === "train", band: false,
-          label: one.own || one.split === "train" ? runs[place].label : `${runs[place].label}, ${one.split}`,
-        })));
-        if (group === 1 && lines.every(isFlat) && new Set(lines.map(line => line.last)).size === 1) continue;
-        draw(grid, { title: titled(metric), lines, xmax, format: metric === "update_time" ? seconds : number, median: metric === "update_time", wide: metric === "loss" });
-      }
+      const linesOf = metric => all.flatMap((each, place) => each.filter(one => one.metric === metric && groupOf(one) === group && one.count).map(one => ({
+        ...one, color: color(place), thin: one.split === "train", band: false,
+        label: one.own || one.split === "train" ? runs[place].label : `${runs[place].label}, ${one.split}`,
+      })));
+      const alike = lines => group === 1 && lines.every(isFlat) && new Set(lines.map(line => line.last)).size === 1;
+      const shown = metrics.map(metric => [metric, linesOf(metric)]).filter(([, lines]) => !alike(lines));
+      shown.forEach(([metric, lines], place) => draw(grid, {
+        title: titled(metric), lines, xmax, wide: shown.length % 2 === 1 && place === 0,
+        format: metric === "update_time" ? seconds : number, median: metric === "update_time",
+      }));
       if (!grid.children.length) { head.remove(); grid.remove(); }
     });
 
