@@ -164,7 +164,8 @@ def test_a_run_that_was_stopped_goes_on_with_its_page(tmp_path):
         first.train()
     assert read(tmp_path)["state"] == "stopped"
     second = make_trainer(run=Report(tmp_path), load_checkpoint=True, **options)
-    second.train()
+    for epoch in range(1, 3):  # a session for each
+        second.epoch(epoch)
     told = read(tmp_path)
     assert [(event["what"], event["step"], event["text"]) for event in told["events"]] == [
         ("started", 0, ""),

@@ -381,6 +381,23 @@ def test_two_runs_on_one_file_are_an_error_when_the_second_trainer_is_built(tmp_
     make_trainer(run=given)  # it has ended
 
 
+def test_a_run_that_began_meanwhile_is_an_error_of_train(tmp_path):
+    """Both trainers could be built: nothing was written then."""
+    second = make_trainer(run=[JsonLines(tmp_path / "c"), Csv(tmp_path / "b")])
+    tried = []
+
+    def save_model(params):
+        with pytest.raises(BlockingIOError, match=r"another run is writing to Csv\('.*b'\)"):
+            second.train()
+        tried.append(first.log.step)
+
+    first = make_trainer(run=[JsonLines(tmp_path / "a"), Csv(tmp_path / "b")], save_every=10, save_model=save_model)
+    first.train()
+    assert tried == [10]
+    second.train()  # its first sink was given back
+    assert steps_of(json_rows(tmp_path / "c")) == list(range(1, 11))
+
+
 def test_one_place_twice_in_a_run_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = JsonLines("a")

@@ -239,9 +239,14 @@ class Senders:
         self._each = each
 
     def begin(self, start: Start) -> None:
-        """`begin` of each."""
-        for sender in self._each:
-            sender.begin(start)
+        """`begin` of each; where one cannot, those before it are given back."""
+        for place, sender in enumerate(self._each):
+            try:
+                sender.begin(start)
+            except BaseException:
+                for begun in self._each[:place]:
+                    begun.close()
+                raise
 
     def send(self, rows: Iterable[Mapping[str, Any]], count: int) -> None:
         """`send` to each; what one raises is raised when all have the rows."""

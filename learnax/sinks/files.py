@@ -158,7 +158,7 @@ class Csv(_Lines):
         """Gives the table more columns: the file is written anew beside, and takes the old one's place."""
         assert self._file is not None
         self._file.flush()
-        old, draft = self._file, self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        old, draft = self._file, self.path.with_name(f".{self.path.name}.draft")
         columns = [*self._columns, *names]
         draft.unlink(missing_ok=True)
         new = Appended(draft, repr(self))

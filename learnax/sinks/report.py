@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,7 @@ class Report(InPath):
         self._folder: int | None = None
         self._story: Story | None = None
         self._next = 0.0
+        self._busy = threading.Lock()
 
     @property
     def page(self) -> Path:
@@ -66,60 +68,86 @@ class Report(InPath):
 
     def begin(self, start: Start) -> None:
         """Takes the folder, and goes on with the page that is there."""
-        if self._folder is not None:
+        if self._folder is not None:  # left by a second signal, which acts at once
             os.close(self._folder)
-        self._folder = opened_folder(self.path, repr(self))
-        before = self._story
-        self._story = Story(start.source)
+        self._folder = None
+        folder = opened_folder(self.path, repr(self))
+        try:
+            story = self._gone_on(start)
+        except BaseException:
+            os.close(folder)
+            raise
+        with self._busy:
+            self._folder, self._story, self._next = folder, story, 0.0
+
+    def log(self, row: Row) -> None:
+        """Takes what a user logs beside the trainer; its own metrics are looked at where they are kept."""
+        if self._story is not None and kind_of(row) is None and "step" in row:
+            with self._busy:
+                self._story.take(row)
+
+    def flush(self) -> None:
+        """Writes the page, where it is time."""
+        with self._busy:
+            if self._story is not None and self._folder is not None and time.monotonic() >= self._next:
+                self._write(self._story, "running")
+
+    def close(self, how: str) -> None:
+        """Writes the page as it is at the end of a session."""
+        folder, self._folder = self._folder, None
+        if folder is None:
+            return
+        try:
+            with self._busy:
+                if self._story is not None:
+                    self._end(self._story, how)
+        finally:
+            os.close(folder)
+
+    def write_to(self, path: Path, source: Source, step: int) -> None:
+        """Writes the page to another file as well; with what is known of earlier processes, if it follows this run."""
+        with self._busy:
+            story = self._story if self._story is not None and self._story.source is source else Story(source)
+            _write_story(story, path, step)
+
+    def _gone_on(self, start: Start) -> Story:
+        """What the page tells from here: what it told before, if that was of this run."""
+        if self._story is not None and self._story.source is start.source:  # another session of one trainer
+            if self._story.events[-1]["what"] == "stopped":
+                self._story.tell("resumed", start.step)
+            return self._story
+        story = Story(start.source)
         if self.page.exists():
             try:
                 earlier = page.read(self.page)
             except ValueError:
                 earlier = None
-            if start.fresh or earlier is None:
+            if start.fresh or earlier is None or "runs" in earlier:
                 aside = beside(self.page)
                 self.page.rename(aside)
                 _logger.warning("%r: the page of another run is moved to %s", self, aside)
             else:
-                self._story.go_on(earlier, start, same=before is not None and before.source is start.source)
-        if not self._story.events:
-            self._story.tell("started" if start.fresh else "resumed", start.step)
-        self._story.anchor(start.step)
-        self._next = 0.0
+                story.go_on(earlier, start.step)
+        if not story.events:
+            story.tell("started" if start.fresh else "resumed", start.step)
+        story.anchor(start.step)
+        return story
 
-    def log(self, row: Row) -> None:
-        """Takes what a user logs beside the trainer; its own metrics are looked at where they are kept."""
-        if self._story is not None and kind_of(row) is None and "step" in row:
-            self._story.take(row)
+    def _end(self, story: Story, how: str) -> None:
+        facts = story.source.facts()
+        done = facts["epoch"] >= facts["num_epochs"]
+        if how:
+            story.tell("stopped", facts["step"], how)
+        elif done and story.events[-1]["what"] != "ended":
+            story.tell("ended", facts["step"])
+        story.anchor(facts["step"])
+        # A loop over `trainer.epoch` ends a session after each: its pages wait until it is time, too.
+        if how or done or time.monotonic() >= self._next:
+            self._write(story, "stopped" if how else "complete" if done else "paused")
 
-    def flush(self) -> None:
-        """Writes the page, where it is time."""
-        if self._story is not None and time.monotonic() >= self._next:
-            self._write("running")
-
-    def close(self, how: str) -> None:
-        """Writes the page as it is at the end of a session."""
-        folder, self._folder = self._folder, None
-        try:
-            if self._story is not None:
-                facts = self._story.source.facts()
-                done = facts["epoch"] >= facts["num_epochs"]
-                if how:
-                    self._story.tell("stopped", facts["step"], how)
-                elif done and (not self._story.events or self._story.events[-1]["what"] != "ended"):
-                    self._story.tell("ended", facts["step"])
-                self._story.anchor(facts["step"])
-                # A loop over `trainer.epoch` ends a session after each: its pages wait until it is time, too.
-                if how or done or time.monotonic() >= self._next:
-                    self._write("stopped" if how else "complete" if done else "paused")
-        finally:
-            if folder is not None:
-                os.close(folder)
-
-    def _write(self, state: str) -> None:
-        assert self._story is not None
+    def _write(self, story: Story, state: str) -> None:
         began = time.monotonic()
-        page.write(self.page, page.page(self._story.data(state)))
+        page.write(self.page, page.page(story.data(state)))
         now = time.monotonic()
         self._next = now + max(_LEAST_S, _SHARE * (now - began))
 
@@ -165,30 +193,20 @@ class Story:
             if len(kept) > _OWN // 2:
                 del kept[1::2]
 
-    def go_on(self, earlier: Mapping[str, Any], start: Start, *, same: bool) -> None:
-        """Takes over what the page has of the time before this process, up to the step that the run goes on from.
-
-        Args:
-            earlier: the page's data.
-            start: the place.
-            same: whether the page was written by this trainer itself.
-        """
+    def go_on(self, earlier: Mapping[str, Any], step: int) -> None:
+        """Takes over what the page has of the time before this process, up to the step that the run goes on from."""
         self.events = list(earlier["events"])
-        self._saves = {save["number"]: save for save in earlier["saves"] if save["step"] <= start.step}
+        self._saves = {save["number"]: save for save in earlier["saves"] if save["step"] <= step}
         self._own = {
-            own["name"]: [(x, y) for x, y in zip(own["x"], own["y"], strict=True) if x <= start.step]
+            own["name"]: [(x, y) for x, y in zip(own["x"], own["y"], strict=True) if x <= step and y is not None]
             for own in earlier["own"]
         }
-        if same:
-            self._seconds = earlier["seconds_before"]
-        else:
-            self._seconds = earlier["seconds_before"] + earlier["ledger"]["wall"]
-            self._norms = earlier["norms"] and _up_to(earlier["norms"], start.step)
-        if earlier["state"] == "running" and not same:
+        self._seconds = earlier["seconds_before"] + earlier["ledger"]["wall"]
+        self._norms = earlier["norms"] and _up_to(earlier["norms"], step)
+        if earlier["state"] == "running":
             text = "without a word: killed, or out of memory; it came to this step at least"
-            self.tell("ended", max(earlier["step"], start.step), text, earlier["written"])
-        if not same or earlier["state"] == "stopped":
-            self.tell("resumed", start.step)
+            self.tell("ended", max(earlier["step"], step), text, earlier["written"])
+        self.tell("resumed", step)
 
     def data(self, state: str) -> dict[str, Any]:
         """All of it, plain."""
@@ -218,21 +236,26 @@ class Story:
         }
 
 
-def report(source: Source, path: Path, step: int, before: Report | None) -> None:
+def report(source: Source, path: Path, step: int, follows: Report | None) -> None:
     """Writes the page of a run as it stands, to any file.
 
     Args:
         source: what the run knows of itself; its metrics hold still.
         path: of the page.
         step: updates made.
-        before: the sink that follows the run, if there is one: it knows more of the past.
+        follows: the sink that follows the run, if there is one: it knows more of the past.
     """
-    story = before._story if before is not None and before._story is not None else Story(source)
+    if follows is not None:
+        follows.write_to(path, source, step)
+    else:
+        _write_story(Story(source), path, step)
+
+
+def _write_story(story: Story, path: Path, step: int) -> None:
     story.anchor(step)
-    facts = source.facts()
-    done = facts["epoch"] >= facts["num_epochs"]
+    facts = story.source.facts()
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.write(path, page.page(story.data("complete" if done else "paused")))
+    page.write(path, page.page(story.data("complete" if facts["epoch"] >= facts["num_epochs"] else "paused")))
 
 
 def _told(value: float) -> float | None:

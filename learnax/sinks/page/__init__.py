@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def write(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; the one before it stays.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.draft")  # one name: what a kill leaves, the next one takes over
     try:
         draft.write_text(text)
         draft.replace(path)
