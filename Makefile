@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 GPU_COMPILE = $(VENV)/gpu-compile
 
-.PHONY: train train-2 test test-quick check test-floor soak bench bench-gpu bench-compare bench-scaling profile nsys ncu clean
+.PHONY: train train-2 test test-quick check test-floor test-browser soak bench bench-gpu bench-compare bench-scaling profile nsys ncu clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -49,6 +49,12 @@ check: $(INSTALLED)
 # The same tests at the lowest versions that pyproject.toml claims.
 test-floor:
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=.ci/constraints-floor.txt
+
+# The page of a run in a real headless Chromium, which is Debian's package.
+test-browser: $(INSTALLED)
+	command -v chromium || { sudo=$$(test $$(id -u) = 0 || echo sudo); \
+		$$sudo apt-get update && $$sudo apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
+	$(BIN)/python -m pytest tests/test_browser.py $(ARGS)
 
 # Kills runs with SIGKILL, a hundred times, and compares their ends with those of runs that were left alone.
 soak: $(INSTALLED)

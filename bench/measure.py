@@ -18,6 +18,7 @@ from bench.opponents import OPPONENTS, Contender, Learnax, Round, why_not
 from bench.results import Results
 from bench.workloads import Workload
 from learnax.registry import Registry
+from learnax.sinks import JsonLines, TensorBoard
 
 STEP, LATENCY, HOST, WAITED = "step", "synchronous step", "host work per step", "waiting for data"
 STALL, SLOWED = "stall per checkpoint", "longer steps while one is written"
@@ -82,21 +83,27 @@ def throughput(results: Results, workload: Workload, opponents: list[str], round
 
 
 def logging(results: Results, workload: Workload, rounds: int) -> None:
-    """What logging every step to an offline wandb run costs."""
+    """What logging every step costs: to an offline wandb run, and to TensorBoard and JSON lines together."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="learnax-bench-"))
         stack.enter_context(_environment(WANDB_MODE="offline", WANDB_SILENT="true"))
         run = Registry("logged", folder).new_run()
         stack.callback(run.finish)
-        contenders = {"learnax": Learnax(workload), "learnax, wandb": Learnax(workload, run=run)}
+        contenders = {
+            "learnax": Learnax(workload),
+            "learnax, wandb": Learnax(workload, run=run),
+            "learnax, files": Learnax(workload, run=[TensorBoard(f"{folder}/tb"), JsonLines(f"{folder}/rows.jsonl")]),
+        }
         for contender in contenders.values():
             stack.callback(contender.close)
         taken = in_turns(contenders, rounds)
-    _add_step(results, workload, "learnax, wandb", taken["learnax, wandb"])
+    for name in ("learnax, wandb", "learnax, files"):
+        _add_step(results, workload, name, taken[name])
     # The plain loop again, in turns with this one: the samples of a ratio are pairs.
     for name, each in taken.items():
         results.add(workload.name, name, "logging", "s", [r.seconds / workload.steps for r in each])
-    results.compare(workload.name, "logging", "learnax, wandb", "learnax")
+    for name in ("learnax, wandb", "learnax, files"):
+        results.compare(workload.name, "logging", name, "learnax")
 
 
 def saving(results: Results, workload: Workload, rounds: int) -> None:

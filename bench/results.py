@@ -25,6 +25,7 @@ TARGETS = {
     ("mlp-2048", "learnax", "hand"): 1.05,
     ("mlp-2048", "learnax", "keras-16"): 1.05,
     ("mlp-2048", "learnax, wandb", "learnax"): 1.03,
+    ("mlp-2048", "learnax, files", "learnax"): 1.02,
     ("nnx-mlp", "learnax", "hand"): 1.02,
     ("nnx-mlp", "learnax", "linen"): 1.02,
     ("equinox-mlp", "learnax", "hand"): 1.02,

@@ -71,7 +71,8 @@ def _sentences(results: Results) -> Iterator[str]:
     logged = next((r for r in results.ratios if r.contender == "learnax, wandb"), None)
     if logged:
         yield f"Logging every step of the wide MLP to an offline wandb run takes {logged.ratio.value:.2f} of the time"
-        yield "without."
+        files = next((r for r in results.ratios if r.contender == "learnax, files"), None)
+        yield f"without; to TensorBoard and JSON lines together {files.ratio.value:.2f}." if files else "without."
     stall, slowed = (results.find("mlp-4096", "learnax, saves", measure) for measure in (STALL, SLOWED))
     if stall and slowed:
         yield f"A checkpoint of an MLP twice as wide ({stall.more['state_bytes'] / 1e6:.0f} MB) holds the loop for"

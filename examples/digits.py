@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 from learnax.loss import LossFunction, LossPipe
 from learnax.profiling.ledger import TITLES
 from learnax.registry import Registry
+from learnax.sinks import Report
 from learnax.trainer import Trainer
 
 matplotlib.use("Agg")
@@ -236,7 +237,7 @@ def main():
         minimize_metric=False,
         load_checkpoint=args.resume,
         val_datasets={"val": held_out},
-        run=run,
+        run=[Report(args.out), *([run] if run else [])],
         registry=registry,
         compile=True,
         plot_pipe=plot_predictions(plots),
@@ -262,6 +263,7 @@ def main():
     accuracy = trainer.metrics["val/accuracy"]
     print(f"validation accuracy: {accuracy[-1]:.2%} at the end, {max(accuracy):.2%} at best")
     print(f"checkpoints: {trainer.checkpointer.path} {list(trainer.checkpointer.list_available_checkpoints())}")
+    print(f"report:      {args.out / 'report.html'}")
     print("plots:       " + ", ".join(str(path) for path in sorted(plots.glob("*.png"))))
 
 

@@ -7,6 +7,7 @@ from learnax import metrics as metrics
 from learnax import profiling as profiling
 from learnax import registry as registry
 from learnax import run as run
+from learnax import sinks as sinks
 from learnax import trainer as trainer
 from learnax import utils as utils
 from learnax.registry import Registry

@@ -1,4 +1,8 @@
-"""`python -m learnax preflight --target h100:8 script.py`: would this script's run fit GPUs that are not here?"""
+"""What is asked of learnax at a shell.
+
+`python -m learnax preflight --target h100:8 script.py`: would this script's run fit GPUs that are not here?
+`python -m learnax report a/ b/ --out compare.html`: two runs or more on one page.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from learnax.engine.targets import target_of
 from learnax.loop import Loop
 from learnax.parts import Parts
 from learnax.profiling.program import NO_PROGRAM, is_program, missing_script
+from learnax.sinks.compare import compare
 
 TEXT = """\
 The script runs as it stands, with its own arguments, up to its first train(): what it does before that, it does. Then
@@ -26,6 +31,15 @@ fits, 1 where it does not, 2 where that was not found out.
 
 example:
   python -m learnax preflight --target h100:8 train.py --epochs 3
+"""
+
+
+REPORT = """\
+Each run is the page that run=learnax.sinks.Report(folder) or trainer.report(path) has written, or the folder that it is
+in. The page shows their curves over each other, arguments that differ, speed, and where the time went.
+
+example:
+  python -m learnax report runs/a runs/b --out compare.html
 """
 
 
@@ -38,7 +52,7 @@ class _ReachedError(SystemExit):
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line: `target`, and `program` with its arguments."""
+    """The command line: `command`; `target`, and `program` with its arguments; or `runs` and `out`."""
     parser = argparse.ArgumentParser(prog="python -m learnax")
     commands = parser.add_subparsers(dest="command", required=True)
     preflight = commands.add_parser(
@@ -50,7 +64,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     preflight.add_argument("--target", required=True, metavar="GPU[:COUNT]", help="a100, h100, h200, b200; h100:8")
     preflight.add_argument("-m", nargs=argparse.REMAINDER, metavar="MODULE", help="a module in place of a script")
     preflight.add_argument("program", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]")
+    report = commands.add_parser(
+        "report",
+        description="Writes one page of several runs.",
+        epilog=REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a page, or the folder that it is in")
+    report.add_argument("--out", required=True, metavar="FILE", help="where the page goes, compare.html for one")
     args = parser.parse_args(arguments)
+    if args.command == "report":
+        return args
     args.program = ["-m", *args.m] if args.m is not None else args.program
     if not is_program(args.program):
         preflight.error(NO_PROGRAM)
@@ -67,6 +91,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status."""
     args = parse(sys.argv[1:] if arguments is None else arguments)
+    return _report(args) if args.command == "report" else _preflight(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    try:
+        print(compare(args.runs, args.out))
+    except (OSError, ValueError) as error:
+        print(f"python -m learnax report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _preflight(args: argparse.Namespace) -> int:
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # all is compiled here, and a GPU's driver is not looked for
     parts = run_of(args.program)

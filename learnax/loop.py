@@ -129,13 +129,14 @@ class Loop:
         rows = self._log.keep_epoch(means)
         moment = dataclasses.replace(moment, metrics=self._log.grown(marks))
         self._progress.end_epoch(epoch, seq)
-        self._save(due(self._hooks.ends, epoch + 1), moment)
         for row in rows:
             self._log.send({**row, "step": self._log.step, "epoch": epoch})
+        self._save(due(self._hooks.ends, epoch + 1), moment)
         self._profiler.leave(self._log.step, epoch + 1)
 
     def _save(self, hooks: list[Hook], moment: Moment) -> None:
         if hooks:
+            self._log.settle()  # so that a run that goes on from here finds in its files all that was before
             with self._phases.save:
                 for hook in hooks:
                     hook(moment)

@@ -15,7 +15,7 @@ import jax
 from learnax.checkpoint import Checkpointer
 from learnax.checkpoint.thaw import read_plain
 from learnax.cluster.processes import connected
-from learnax.log.axis import plot_over_steps, with_step
+from learnax.log.axis import for_wandb, plot_over_steps, with_step
 from learnax.utils.names import expanded, folder_name
 
 _PICKLE = b"\x80"
@@ -148,7 +148,7 @@ class Run:
             step: of the training that it belongs to; the row's column `step`.
         """
         if self.wandb_run is not None:
-            self.wandb_run.log(with_step(metrics, step))
+            self.wandb_run.log(for_wandb(with_step(metrics, step)))
 
     @property
     def summary(self) -> Any:

@@ -70,7 +70,7 @@ class Session:
                 if parts.checkpointer is not None:
                     with parts.phases.save:
                         parts.checkpointer.prepare(parts.progress.state)
-                with parts.stops.watched(), parts.log.session(done):
+                with parts.stops.watched(), parts.log.session(done, parts.progress.position.epoch):
                     try:
                         with contextlib.closing(parts.profiler):
                             yield
@@ -108,6 +108,7 @@ class Session:
         """Saves the end of a session, so that nothing of it is lost between two saves."""
         checkpointer, progress = self._parts.checkpointer, self._parts.progress
         if checkpointer is not None:
+            self._parts.log.settle()
             with self._parts.phases.save:
                 checkpointer.save_latest(progress.state, self._parts.log.step, resume=progress.resume_point())
                 checkpointer.wait()

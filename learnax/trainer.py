@@ -75,7 +75,8 @@ class Trainer:
         val_every: epochs between validations; None validates after each.
         val_datasets: a mapping of names to datasets, or a list of datasets (`val`, `val_1`, ...).
         save_model: `params -> None`, called every `save_every` steps with a copy on the host.
-        run: a wandb run, a `learnax.run.Run`, anything with `id`, `name` and `log(dict)`, or None.
+        run: where metrics go: a wandb run, a `learnax.run.Run`, anything with `id`, `name` and `log(dict)`, one of
+            `learnax.sinks`, a list of several of these, or None.
         registry: the project under `TRAINAX_REGISTRY_PATH`, or a `Registry`; where checkpoints go. None
             keeps none.
         compile: whether programs are compiled when the trainer is built, or at first use.
@@ -120,6 +121,7 @@ class Trainer:
         ValueError: an argument out of range, data that do not fit, a model that cannot take a datum.
         FileNotFoundError: a checkpoint asked for by name is not there.
         OwnedError: another process trains in the run's folder.
+        OSError: a sink cannot be written to, or another run writes to it.
     """
 
     name = NAME
@@ -283,6 +285,17 @@ class Trainer:
         if self.loop.session.running:
             raise RuntimeError("preflight() is for before train(): the run is under way")
         return self.parts.preflight()
+
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Writes what became of the run so far as a page of HTML that needs nothing beside it.
+
+        Curves, the ledger, gradients' norms, checkpoints, stops, arguments; see `learnax.sinks.Report`, which writes it
+        while the run goes on and knows the gradients' norms and the stops of earlier processes, too.
+
+        Args:
+            path: of the page, `out/report.html` for one.
+        """
+        self.parts.report(path)
 
     # ---- the state
 

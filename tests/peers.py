@@ -34,6 +34,7 @@ from learnax.loss import LossPipe
 from learnax.metrics import Max, Mean
 from learnax.models import NNX, Linen
 from learnax.registry import Registry
+from learnax.sinks import JsonLines, Report, TensorBoard
 from tests.helpers import (
     MLP,
     ROOT,
@@ -243,7 +244,7 @@ RUNS = {
     "single batch": lambda: {"single_batch": True},
     "guarded": lambda: {"train_dataset": poisoned(), "losses": LossPipe([Poisonable()])},
     "shown": lambda: Shown().options(),
-    "convolution": lambda: {"model": Convolution()},
+    "convolution": lambda: {"model": Convolution(), **sinks()},
     "batches": lambda: {
         "model": Linen(Normed(), batched=True, train={"train": True}, eval={"train": False}),
         "losses": whole_share,
@@ -251,6 +252,14 @@ RUNS = {
     },
     "nnx": lambda: {"model": NNX(OfNNX(nnx.Rngs(0))), "val_datasets": [make_data(TAIL, 1)], "ema": 0.9},
 }
+
+
+def sinks():
+    """Sinks, the same on all processes, where there is a folder for them."""
+    folder = os.environ.get("PEERS_FILES")
+    if folder is None:
+        return {}
+    return {"run": [JsonLines(f"{folder}/a.jsonl"), TensorBoard(f"{folder}/tb"), Report(f"{folder}/report")]}
 
 
 class Normed(nn.Module):
@@ -330,6 +339,7 @@ def failure(**options):
 
 
 def train_all(results):
+    results["files"] = Path(os.environ["PEERS_FILES"])
     for name in os.environ["PEERS"].split(","):
         results[name] = trained(name)
     results["devices of some"] = failure(devices=jax.devices()[: jax.local_device_count() + 1], batch_size=6)

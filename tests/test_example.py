@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from learnax.sinks import page
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.processes
@@ -38,6 +39,7 @@ def test_the_digits_are_read_without_any_run(tmp_path):
     text = run_digits(tmp_path, "--epochs", "1")
     assert "\nfrom epoch 0 of 1, step 0\n" in text
     assert accuracy(text) > 80
+    assert page.read(tmp_path / "report.html")["state"] == "complete"
     assert pictures(tmp_path) == ["curves.png", "held_out.png", "ledger.png"]  # the others come each 100 steps
     assert not list(tmp_path.rglob("*.wandb"))
 
@@ -56,10 +58,12 @@ def test_the_digits_log_to_an_offline_run_and_a_second_run_goes_on_with_a_worker
     second = run_digits(tmp_path, *options, "--resume", "--num-workers", "1")
     assert "\nfrom epoch 6 of 8, step 174\n" in second
     assert accuracy(second) >= 98
+    told = page.read(tmp_path / "report.html")
+    assert [event["what"] for event in told["events"]] == ["started", "ended", "resumed", "ended"]
     assert pictures(tmp_path) == ["curves.png", "held_out.png", "ledger.png", "samples.png", "training.png"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_knows_its_targets():
-    for target in ("train", "test", "check", "test-floor", "soak", "bench", "profile", "nsys", "ncu"):
+    for target in ("train", "test", "check", "test-floor", "test-browser", "soak", "bench", "profile", "nsys", "ncu"):
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True, timeout=60)

@@ -28,7 +28,7 @@ ROOMS = [
     ["step"],
     ["models", "loss"],
     ["cluster"],
-    ["metrics", "profiling"],
+    ["metrics", "profiling", "sinks"],
     ["utils"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -120,7 +120,7 @@ def test_the_top_level_is_as_documented():
 def test_importing_loads_none_of_what_is_used_later():
     source = (
         "import sys, learnax\n"
-        "later = ('wandb', 'orbax', 'grain', 'omegaconf', 'matplotlib', 'IPython', 'sklearn')\n"
+        "later = ('wandb', 'orbax', 'grain', 'omegaconf', 'matplotlib', 'IPython', 'sklearn', 'tensorboardX')\n"
         "print([name for name in later if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, timeout=100)

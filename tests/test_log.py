@@ -117,7 +117,7 @@ def test_scalars_are_read_in_bulk_when_later_steps_are_under_way(in_flight, bulk
     monkeypatch.setattr("learnax.log.log._BULK_S", seconds)
     monkeypatch.setattr("learnax.log.pace._MOST", in_flight)  # no further ahead
     log = make_log(in_flight, 8)
-    with log.session(0):
+    with log.session(0, 0):
         for step in range(8):
             log.wait_for_room()
             done = max(0, step - in_flight)

@@ -1,6 +1,7 @@
 """Training over processes: the trajectory of one process, each reading its share, with one voice."""
 
 import collections
+import json
 import logging
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import learnax.cluster.processes
+from learnax.sinks import page
 from tests import peers
 from tests.helpers import assert_trees_close, assert_trees_equal, make_trainer
 
@@ -32,13 +34,14 @@ LAYOUTS = {2: list(peers.RUNS), 4: ["fused", "read again", "guarded", "shown"]}
 @pytest.fixture(scope="module", params=LAYOUTS, ids=["2x2", "4x1"])
 def several(request, tmp_path_factory):
     """The same runs, one after another, in processes that have four devices together."""
+    folder = tmp_path_factory.mktemp("peers")
     return peers.together(
         "train_all",
-        tmp_path_factory.mktemp("peers"),
+        folder,
         request.param,
         4 // request.param,
         # One of them shows a progress bar.
-        env={"TQDM_DISABLE": None, "PEERS": ",".join(LAYOUTS[request.param])},
+        env={"TQDM_DISABLE": None, "PEERS": ",".join(LAYOUTS[request.param]), "PEERS_FILES": str(folder / "files")},
     )
 
 
@@ -166,6 +169,17 @@ def test_only_the_first_process_logs(one, several):
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
         assert_trees_close(timeless(row), timeless(other))
+
+
+def test_only_the_first_process_writes_to_sinks(one, several):
+    folder = several[0].results["files"]
+    if len(several) == 2:
+        rows = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+        losses = [row["train/loss"] for row in rows if "train/loss" in row]
+        np.testing.assert_allclose(losses, one["convolution"]["metrics"]["train/loss"], rtol=1e-5)
+        assert sorted(path.name for path in folder.iterdir()) == ["a.jsonl", "report", "tb"]
+        assert [len(list((folder / name).iterdir())) for name in ("report", "tb")] == [1, 1]
+        assert page.read(folder / "report" / "report.html")["processes"] == 2
 
 
 def test_only_the_first_process_is_heard(several):

@@ -145,6 +145,33 @@ run.finish()
     assert axes(tmp_path, run_id) == {"*": "step"}
 
 
+def test_a_run_of_wandb_beside_a_file_has_the_same_rows_and_its_own_pictures(tmp_path):
+    source = f"""{SCRIPT}
+import wandb
+from learnax.sinks import Histogram, Image, JsonLines
+
+run = wandb.init(project="tests", config={{"width": 16}})
+
+def plot(given, outputs, batch):
+    assert given.config["width"] == 16
+    given.log({{"plotted": len(outputs), "picture": Image(np.zeros((4, 4))), "spread": Histogram(outputs[0])}})
+
+make_trainer(run=[run, JsonLines("rows.jsonl")], plot_pipe=plot, plot_every=4).train()
+print(run.id)
+run.finish()
+"""
+    run_id = run_without_account(source, tmp_path)[-1]
+    _, rows = offline_run(tmp_path, run_id)
+    kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+    kinds = [(row["picture._type"], row["spread._type"]) for row in rows if "plotted" in row]
+    assert kinds == [("image-file", "histogram")] * 2
+    mine = [{name: row[name] for name in row if not name.startswith(("picture", "spread"))} for row in rows]
+    assert mine[1:] == kept[1:]  # the first is of no step, and wandb gives it one
+    assert [(row["plotted"], row["step"]) for row in rows if "plotted" in row] == [(8, 4), (8, 8)]
+    assert axes(tmp_path, run_id) == {"*": "step"}
+
+
 def test_a_run_of_the_registry_has_its_history_its_checkpoints_and_a_way_back(tmp_path, registry_path):
     source = f"""{SCRIPT}
 import json

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 from learnax.checks.texts import short
+from learnax.log import runs_of
 from learnax.registry import Registry
+from learnax.sinks import Sink
 
 _FUNCTIONS = ("losses", "save_model", "plot_pipe", "plot_model", "sample_model", "sample_plot", "sample_metrics")
 
@@ -32,15 +34,32 @@ def check_functions(given: Mapping[str, Any]) -> None:
         )
 
 
-def check_run(run: Any, registry: Any) -> None:
-    """Raises TypeError for a run that cannot be logged to, or has no id where a registry needs one."""
-    if run is None:
-        return
+def check_run(given: Any, registry: Any) -> None:
+    """Checks what metrics are to go to: one place, or a list of several.
+
+    Raises:
+        TypeError: one cannot be logged to, or has no id where a registry needs one.
+        ValueError: two of them are one file or folder, or the same.
+    """
     wanted = "run must be a wandb run (wandb.init()), a learnax.run.Run, or have id, name and log(dict), but"
-    if not callable(getattr(run, "log", None)):
-        raise TypeError(f"{wanted} is {short(run)}, which has no log")
-    if registry is not None and not hasattr(run, "id"):
-        raise TypeError(f"{wanted} is {short(run)}, which has no id; the registry keeps its checkpoints under the id")
+    runs = runs_of(given)
+    for place, run in enumerate(runs):
+        it = wanted if run is given else wanted.replace("run must be", f"run[{place}] must be a sink, or")
+        if isinstance(run, type):
+            raise TypeError(f"{it} is the class {run.__name__}; write {run.__name__}(...)")
+        if not callable(getattr(run, "log", None)):
+            raise TypeError(f"{it} is {short(run)}, which has no log")
+        if registry is not None and not isinstance(run, Sink) and not hasattr(run, "id"):
+            raise TypeError(f"{it} is {short(run)}, which has no id; the registry keeps its checkpoints under the id")
+        for other in runs[:place]:
+            if run is other:
+                raise ValueError(f"run[{place}] is {short(run)} a second time; each row would be logged twice")
+            if isinstance(run, Sink) and isinstance(other, Sink) and _same_place(run, other):
+                raise ValueError(f"{run!r} and {other!r} of run= are one place; give each a path of its own")
+
+
+def _same_place(one: Sink, other: Sink) -> bool:
+    return one.path is not None and other.path is not None and one.path.resolve() == other.path.resolve()
 
 
 def check_registry(registry: Any) -> None:

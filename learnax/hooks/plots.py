@@ -7,7 +7,6 @@ from typing import Any
 
 from learnax.data import copied
 from learnax.hooks.hook import Every, Moment, to_host
-from learnax.log.axis import by_step
 from learnax.utils import PyTree, tree_unstack
 
 
@@ -33,7 +32,7 @@ class Plotter(Every):
         super().__init__(every)
         self._plot_pipe = plot_pipe
         self._plot_model = plot_model
-        self._run = by_step(run)
+        self._run = run
         self._unwrap = unwrap
 
     def __call__(self, moment: Moment) -> Mapping[str, float]:

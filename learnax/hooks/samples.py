@@ -14,7 +14,6 @@ from learnax.checkpoint import Checkpointer
 from learnax.data import copied, signature_of
 from learnax.engine import SAME, Engine, Kind, Wanted
 from learnax.hooks.hook import Every, Moment, to_host
-from learnax.log.axis import by_step
 from learnax.step.state import TrainState
 from learnax.utils import PyTree, tree_unstack
 from learnax.utils.names import expanded
@@ -60,7 +59,7 @@ class Sampler(Every):
         self._plot = sample_plot
         self._metrics = sample_metrics
         self._size = size
-        self._run = by_step(run)
+        self._run = run
         self._engine = engine
         self._evaluated = evaluated
         self._unwrap = unwrap

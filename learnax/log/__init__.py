@@ -1,7 +1,7 @@
 """Scalars off the device: to `trainer.metrics`, to the progress bar, to the run.
 
-The room may import the step's scalars, the clock and the processes of a run; it must not know data, checkpoints or
-hooks.
+The room may import the step's scalars, sinks, the clock and the processes of a run; it must not know data, checkpoints
+or hooks.
 """
 
 from learnax.log.log import Log as Log
@@ -9,3 +9,5 @@ from learnax.log.log import Means as Means
 from learnax.log.log import NoProgressError as NoProgressError
 from learnax.log.log import in_notebook as in_notebook
 from learnax.log.log import progress_bar as progress_bar
+from learnax.log.runs import named_run as named_run
+from learnax.log.runs import runs_of as runs_of

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from learnax.sinks import Histogram, Image
+
 _logger = logging.getLogger("learnax")
 STEP = "step"
 """The column."""
@@ -18,7 +20,7 @@ STEP = "step"
 
 def plot_over_steps(session: Any) -> None:
     """Tells a wandb session to plot all of its metrics over `step`; anything else is left alone."""
-    if _is_session(session):
+    if is_session(session):
         try:
             session.define_metric("*", step_metric=STEP)
         except Exception as error:
@@ -28,6 +30,20 @@ def plot_over_steps(session: Any) -> None:
 def with_step(row: Mapping[str, Any], step: int | None) -> dict[str, Any]:
     """A row with the step that it belongs to; one that it has itself stays."""
     return dict(row) if step is None else {STEP: step, **row}
+
+
+def for_wandb(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with its images and histograms as wandb has them."""
+    if not any(isinstance(value, (Image, Histogram)) for value in row.values()):
+        return dict(row)
+    import wandb
+
+    def made(value: Any) -> Any:
+        if isinstance(value, Image):
+            return wandb.Image(value.array())
+        return wandb.Histogram(value.array().tolist(), num_bins=value.bins) if isinstance(value, Histogram) else value
+
+    return {name: made(value) for name, value in row.items()}
 
 
 class ByStep:
@@ -48,7 +64,7 @@ class ByStep:
     def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
         """Logs a row; `step` becomes its column `step`."""
         options = {} if commit is None else {"commit": commit}
-        self._session.log(with_step(data, step), **options)
+        self._session.log(for_wandb(with_step(data, step)), **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
@@ -59,8 +75,9 @@ class ByStep:
 
 def by_step(run: Any) -> Any:
     """A run for a user's plots: a wandb session as `ByStep`, any other as it is."""
-    return ByStep(run) if _is_session(run) else run
+    return ByStep(run) if is_session(run) else run
 
 
-def _is_session(run: Any) -> bool:
+def is_session(run: Any) -> bool:
+    """Whether this is a wandb session."""
     return callable(getattr(run, "define_metric", None))

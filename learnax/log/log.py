@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,10 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from learnax.cluster.processes import Processes
+from learnax.log.norms import Norms
 from learnax.log.pace import Pace
+from learnax.log.runs import voice_of
 from learnax.log.sender import sender
 from learnax.profiling.ledger import Ledger
 from learnax.profiling.phases import Phases
+from learnax.sinks import Start
 from learnax.step import NAN_DATA, Part, Scalars
 
 _logger = logging.getLogger("learnax")
@@ -85,7 +89,7 @@ class Log:
     quick, several are read at once.
 
     Args:
-        run: where metrics go: anything with `log(dict)`, or None.
+        run: where metrics go: anything with `log(dict)`, a sink, several of these, or None.
         in_flight: dispatches that may be unfinished in any case when another one is made.
         steps: training steps of the whole run, for the progress bar.
         phases: the run's clock.
@@ -93,6 +97,13 @@ class Log:
         batch_data: data in a step, to say how many of them are NaN.
         max_dropped: updates dropped in a row that end the run; None never does.
         on_host: whether scalars are in the host's memory as they come, as a CPU's are.
+
+    Attributes:
+        metrics: of the run, lists by name.
+        step: updates made, as far as metrics are kept.
+        made_at: for metrics that are not there for each step, the training steps that were made when each was kept.
+        facts: what else the run knows of itself, as plain data, for a page.
+        voice: the run that a user's plots are handed.
     """
 
     def __init__(
@@ -109,6 +120,11 @@ class Log:
     ):
         self.metrics: dict[str, list[float]] = {}
         self.step = 0
+        self.made_at: dict[str, list[int]] = {}
+        self.facts: Callable[[], dict[str, Any]] = dict
+        self.voice = voice_of(run, self._send_own, lambda: self.step)
+        self._norms = Norms()
+        self._rows_of_old = 0
         self._sender = sender(run if processes.first else None)
         self._processes = processes
         self._pace = Pace(in_flight, fixed=processes.count > 1)
@@ -133,9 +149,24 @@ class Log:
         """The step, if no update whose metrics are still on their way was dropped."""
         return self.step + self._on_their_way
 
+    @property
+    def norms(self) -> tuple[tuple[str, ...], list[tuple[int, np.ndarray]]]:
+        """The gradients' norms by parameter at some steps: names, and `(step, values)` for each."""
+        return self._norms.kept
+
     @contextlib.contextmanager
-    def session(self, done: int) -> Iterator[None]:
-        """Shows a progress bar inside, and leaves with everything written; `done` steps were made before."""
+    def session(self, done: int, epoch: int) -> Iterator[None]:
+        """Shows a progress bar inside, and leaves with everything written.
+
+        Args:
+            done: steps that were made before.
+            epoch: epochs that were ended before.
+
+        Raises:
+            OSError: a sink cannot be written to.
+        """
+        self._sender.begin(self._start(epoch))
+        how = ""
         self._bar = progress_bar(self._steps, done, shown=self._processes.first)
         self._began = self._last_read = time.perf_counter()
         self._waited_before, self._rows_before = self._phases.data.seconds, self.rows
@@ -143,6 +174,9 @@ class Log:
         self._shown = not self._bar.disable
         try:
             yield
+        except BaseException as error:
+            how = _what_ended(error)
+            raise
         finally:
             with self._phases.log:
                 try:
@@ -152,7 +186,7 @@ class Log:
                     self._look()
                     self._bar.close()
                     self._bar = None
-                    self._sender.close()
+                    self._sender.close(how)
 
     def wait_for_room(self) -> None:
         """Waits until another dispatch may be made, see `Pace`; keeps the metrics of those that are done, in bulk.
@@ -219,6 +253,11 @@ class Log:
         with self._phases.log:
             self._sender.flush()
 
+    def settle(self) -> None:
+        """Waits until sinks have written every row that was kept so far: a checkpoint counts on it."""
+        with self._phases.log:
+            self._sender.settle()
+
     def keep_epoch(self, means: Mapping[str, Mapping[str, float]]) -> list[dict[str, float]]:
         """Keeps each split's means over an epoch; returns them under their full names, a dict for each split."""
         rows = []
@@ -250,6 +289,10 @@ class Log:
         """Hands values to the run, after all that came before."""
         self._sender.send([values], 1)
 
+    def _send_own(self, values: Mapping[str, Any]) -> None:
+        """Hands a user's own values to the sinks."""
+        self._sender.send_own([values], 1)
+
     def send_once(self, values: Mapping[str, Any]) -> None:
         """`send`, the first time it is called for these names."""
         fresh = {name: value for name, value in values.items() if name not in self._sent}
@@ -261,6 +304,7 @@ class Log:
         """Takes over the step and the metrics of the run that goes on."""
         self.step = step
         self.metrics.update({name: np.asarray(values).tolist() for name, values in history.items()})
+        self._rows_of_old = len(self.metrics.get("train/has_nan", ()))
 
     def conclude(self, ledger: Ledger) -> None:
         """Writes the ledger where the progress bar was, and its values to the run's summary, where it has one."""
@@ -340,9 +384,10 @@ class Log:
             if not name.startswith("grads/"):
                 self.metrics.setdefault(_full_name(name), []).extend(column)
         named = {_full_name(name): value for name, value in more.items()}
+        self._norms.take(rows.names, rows.values, rows.steps)
+        self.rows += len(rows.steps)
         self._keep(named)
         self._sender.send(rows.named(named), len(rows.steps))
-        self.rows += len(rows.steps)
         if self._bar is not None:
             self._bar.update(len(rows.steps))
             if time.perf_counter() - self._last_look > _REFRESH_S:
@@ -350,7 +395,19 @@ class Log:
 
     def _keep(self, named: Mapping[str, float]) -> None:
         for name, value in named.items():
+            self.made_at.setdefault(name, []).append(self._rows_of_old + self.rows)
             self.metrics.setdefault(name, []).append(float(value))
+
+    def _start(self, epoch: int) -> Start:
+        """Where the run stands, for sinks that have logged before."""
+        flags = [self.metrics[name] for name in ("train/has_nan", "train/overflow") if self.metrics.get(name)]
+        rows = 0  # of the newest step: an update that was dropped has a row, and is of the step before
+        for marks in zip(*map(reversed, flags), strict=False):
+            rows += 1
+            if not any(marks):
+                break
+        fresh = not any(self.metrics.values())
+        return Start(self.step, rows, epoch, fresh, self)
 
     def _look(self) -> None:
         """Puts loss, speed and the share of time spent waiting for data on the bar."""
@@ -497,6 +554,15 @@ class Means:
                     if known is not None:
                         own = float({"max": np.maximum, "min": np.minimum}.get(part.how, np.add)(known, own))
                     self._parts[whole] = own
+
+
+def _what_ended(error: BaseException) -> str:
+    """What has ended a session before its time, in words."""
+    if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+        return "SIGTERM"
+    if isinstance(error, KeyboardInterrupt):
+        return "SIGINT"
+    return f"{type(error).__name__}: {error}".removesuffix(": ").partition("\n")[0][:300]
 
 
 def _full_name(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from learnax.engine.preflight import Flight
 from learnax.engine.preflight import Preflight as Preflight
 from learnax.engine.targets import target_of
 from learnax.hooks import BestSaver, Hooks, ModelSaver, Plotter, Sampler, StateSaver, Validation, sample_params
-from learnax.log import Log
+from learnax.log import Log, named_run, runs_of
 from learnax.parts.draft import Draft
+from learnax.parts.facts import Facts
 from learnax.parts.fitting import Fitting
 from learnax.parts.progress import Progress
 from learnax.parts.weights import Weights
@@ -36,8 +38,11 @@ from learnax.profiling.phases import Phases
 from learnax.profiling.profiler import NoProfiler, Profiler, WindowProfiler
 from learnax.profiling.watchdog import Watchdog
 from learnax.registry import Registry
+from learnax.sinks import Report, Sink
+from learnax.sinks.report import report
 from learnax.step import evaluated
 from learnax.utils import PyTree
+from learnax.utils.names import expanded
 
 NAME = "trainer"
 """The folder of a run without an id, in its registry."""
@@ -103,6 +108,9 @@ class Parts:
         self.loaders = {name: self._loader(name, dataset) for name, dataset in splits.items()}
 
         # What comes of it.
+        for sink in runs_of(settings.run) if self.processes.first else ():
+            if isinstance(sink, Sink):
+                sink.check()
         self.log = self._log()
         self.checkpointer = self._checkpointer()
         self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer)
@@ -113,6 +121,7 @@ class Parts:
         if windows:
             self.profiler = WindowProfiler(windows, self._profile_folder(), self._settle, self.phases, marks)
         self.watchdog = Watchdog(lambda: self.engine.calls, lambda: self.phases.current.name)
+        self.log.facts = Facts(self)
 
     def compile(self) -> None:
         """Compiles the run's programs, on the shapes of each split's first datum."""
@@ -153,6 +162,13 @@ class Parts:
         """Compiles the run's programs for devices that are not here; all stays as it was."""
         kept = frozenset(name for name, loader in self.loaders.items() if loader.keeps)
         return Fitting(self.settings, self.traced, self.first, self._sizes, kept).on(target_of(target))
+
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Writes the run so far as a page."""
+        if not self.processes.first:
+            return
+        follows = [run for run in runs_of(self.settings.run) if isinstance(run, Report)]
+        report(self.log, expanded(path, "the path of a report"), self.log.step, follows[0] if follows else None)
 
     def ledger(self) -> Ledger:
         """Where the time went so far, and what the programs cost."""
@@ -222,7 +238,8 @@ class Parts:
         if not isinstance(registry, Registry):
             registry = Registry(registry)
         # Each process may have a run of its own, with an id of its own.
-        path = registry.checkpoints(NAME if settings.run is None else settings.run.id)
+        run = named_run(settings.run)
+        path = registry.checkpoints(NAME if run is None else run.id)
         checkpointer = Checkpointer.at(
             self.processes.from_first(str(path)),
             processes=self.processes,
@@ -241,7 +258,7 @@ class Parts:
         voice, unwrap = self.processes.voice, self.first["train"].unwrap
         if settings.plot_pipe is not None:
             plot_pipe, plot_model = voice(settings.plot_pipe), voice(settings.plot_model)
-            hooks.shows.append(Plotter(settings.plot_every, plot_pipe, plot_model, settings.run, unwrap))
+            hooks.shows.append(Plotter(settings.plot_every, plot_pipe, plot_model, self.log.voice, unwrap))
         if settings.sample_model is not None and settings.sample_every is not None:
             measure = settings.sample_metrics
             hooks.shows.append(
@@ -253,7 +270,7 @@ class Parts:
                     measure and checks.SampleMetrics(measure, traced.metrics),
                     settings.sample_batch_size or min(9, settings.batch_size),
                     settings.seed,
-                    settings.run,
+                    self.log.voice,
                     self.engine,
                     self.programs.evaluated,
                     unwrap,
