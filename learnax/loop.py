@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from learnax.data import Block
+from learnax.data import Block, ShuffledBlock
 from learnax.hooks import Hook, Moment, due
 from learnax.parts import Parts
 from learnax.session import Session
@@ -54,7 +54,7 @@ class Loop:
             self._progress.begin_epoch(epoch)
         with self.session():
             self._log.begin_epoch(epoch, self._settings.num_epochs)
-            blocks = self.parts.loaders["train"].blocks(self._progress.position.batch)
+            blocks = self.parts.loaders["train"].blocks(self._progress.position.batch, epoch)
             for block in self._phases.waiting(self._phases.data, blocks):
                 self._train_block(block)
             self._log.drain()
@@ -142,7 +142,7 @@ class Loop:
 
     def _batch(self, block: Block, number: int) -> list[Any]:
         """One batch of a block on the host, those parts that other processes have read included."""
-        if not self._engine.spans:
+        if not self._engine.spans or isinstance(block, ShuffledBlock):  # this process has all of it
             return block.batch(number)
         return self._engine.whole(jax.tree.map(lambda leaf: leaf[number % len(leaf)], block.device))
 

@@ -111,6 +111,7 @@ class Trainer:
         ema: the decay of an average of the parameters that is kept beside them, from 0 to 1, or a schedule of it,
             `updates made -> decay`: `average = decay * average + (1 - decay) * parameters` after each update.
         ema_eval: whether the average is what validation and samples see, and so what "best" is judged by.
+        shuffle: whether each epoch has the training data in an order of its own, a function of seed and epoch alone.
         profile: steps that a profiler is to look at, `"cuda:100-110"`, `"trace:epoch 2"`, ...; see
             `learnax.profiling.windows.parse`. By default what `LEARNAX_PROFILE` says, or none.
 
@@ -183,6 +184,7 @@ class Trainer:
         val_dataset: Any = None,
         ema: float | Callable[[Any], Any] | None = None,
         ema_eval: bool = True,
+        shuffle: bool = False,
     ):
         given = dict(locals())
         del given["self"]
@@ -269,6 +271,17 @@ class Trainer:
     def position(self) -> Any:
         """Where the run stands in its data."""
         return self.parts.progress.position
+
+    def order(self, epoch: int) -> Any:
+        """The indices of the training data in the order of an epoch, those that fill no batch at the end included.
+
+        Args:
+            epoch: its number, from 0.
+
+        Returns:
+            A `learnax.data.Order`, or a range of the dataset's own order. It is computed where it is looked at.
+        """
+        return self.parts.order(epoch)
 
     @property
     def rng_seq(self) -> jax.Array:

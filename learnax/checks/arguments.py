@@ -27,7 +27,7 @@ _CADENCES = ("save_every", "checkpoint_every", "plot_every", "val_every", "sampl
 _LIMITS = ("max_checkpoints", "max_dropped", "sample_batch_size")
 _FLAGS = (
     *("keep_best_checkpoint", "minimize_metric", "compile", "single_datum", "single_batch"),
-    *("train_only", "shard_state", "ema_eval"),
+    *("train_only", "shard_state", "ema_eval", "shuffle"),
 )
 _NEEDS = {
     "plot_model": "plot_pipe",

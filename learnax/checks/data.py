@@ -33,7 +33,7 @@ def splits_of(settings: Settings) -> tuple[dict[str, Any], dict[str, FirstDatum]
     batch_size, train_dataset = settings.batch_size, settings.train_dataset
     validated = validation_sets(settings.val_datasets, settings.val_dataset)
     check_dataset("train", train_dataset, batch_size * settings.accumulate_steps, batch_size)
-    splits, data = {"train": train_dataset}, {"train": first_datum("train", train_dataset)}
+    splits, data = {"train": train_dataset}, {"train": first_datum("train", train_dataset, told=True)}
     named = named_splits(None if settings.train_only else validated, data["train"])
     check_split_names(list(named))
     for name, dataset in named.items():

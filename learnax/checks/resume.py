@@ -51,12 +51,16 @@ def check_same_script(step: int, saved: Mapping[str, Any] | None, now: Mapping[s
     Raises:
         ValueError: data would be trained on twice, or not at all; what was changed is named.
     """
+    before = {} if saved is None else {"shuffle": False, **saved}  # older checkpoints do not speak of it
     changed = [
-        f"{name} was {saved[name]!r} and is {value!r}"
+        f"{name} was {before[name]!r} and is {value!r}"
         for name, value in now.items()
-        if saved is not None and name in saved and saved[name] != value
+        if name in before and before[name] != value
     ]
-    if changed == [line for line in changed if line.startswith("seed ")]:
+    if not changed:
+        return
+    # With shuffled data the seed is part of the place in them.
+    if not now["shuffle"] and all(line.startswith("seed ") for line in changed):
         for line in changed:
             _logger.warning("%s: the run goes on with the random sequence of its checkpoint", line)
         return

@@ -78,6 +78,7 @@ class Settings:
     val_dataset: Any
     ema: float | Callable[[Any], Any] | None
     ema_eval: bool
+    shuffle: bool
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     own_optimizer: bool = True
     adapter: Model = dataclasses.field(init=False, repr=False)
@@ -133,4 +134,5 @@ class Settings:
             "single_batch": bool(self.single_batch),
             "single_datum": bool(self.single_datum),
             "seed": int(self.seed),
+            "shuffle": bool(self.shuffle),
         }

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from learnax.checkpoint import Checkpointer
-from learnax.data import Block, Loader, Repeated
+from learnax.data import Block, Split
 from learnax.engine import Engine
 from learnax.engine.plan import Plan
 from learnax.engine.programs import Programs
@@ -21,6 +21,7 @@ from learnax.profiling.costs import Costs, amount, memory_of
 from learnax.step import Packed
 from learnax.step.state import TrainState
 from learnax.utils import PyTree, key_data, leaves_by_path, tree_bytes
+from learnax.utils.permutation import Shuffled
 
 _TIMED = 5
 """Dispatches that are timed, after one that is not."""
@@ -105,7 +106,7 @@ class Flight:
         engine: Engine,
         programs: Programs,
         plan: Plan,
-        loaders: Mapping[str, Loader | Repeated],
+        loaders: Mapping[str, Split],
         accumulate: int,
         steps: int,
     ):
@@ -147,7 +148,7 @@ class Flight:
         validation_s = sum(self._validation(name, state, seq) for name in self._loaders if name != "train")
         # Over several processes a save needs storage that all share, which a temporary folder is not.
         save_s, restore_s = (None, None) if self._engine.spans else _save_and_restore(state, resume)
-        reading = 0.0 if self._kept(block) else read_s
+        reading = 0.0 if self._loaders["train"].kept(block) else read_s
         a_step = max(step_s, reading) if self._engine.in_flight else step_s + reading
         return Preflight(
             params=params,
@@ -186,6 +187,8 @@ class Flight:
         return first, taken[-1] * (self._accumulate if name == "train" else 1)
 
     def _kept(self, block: Block) -> int:
+        if isinstance(block.device, Shuffled):
+            return 0  # the program is given all of it
         return self._loaders["train"].kept(block) // len(self._engine.devices)
 
     def _train(

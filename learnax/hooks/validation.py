@@ -9,7 +9,7 @@ import numpy as np
 
 from learnax.checks.settings import Settings
 from learnax.cluster.stops import Stops
-from learnax.data import Loader, Repeated
+from learnax.data import Split
 from learnax.engine import SAME, Engine
 from learnax.engine.programs import Programs
 from learnax.hooks.hook import Every, Moment
@@ -36,7 +36,7 @@ class Validation:
     def __init__(
         self,
         settings: Settings,
-        loaders: Mapping[str, Loader | Repeated],
+        loaders: Mapping[str, Split],
         engine: Engine,
         programs: Programs,
         phases: Phases,
@@ -83,7 +83,7 @@ class Validation:
         return Every(self._settings.val_every or 1).next_due(count - 1) + 1
 
     def _evaluate(
-        self, name: str, loader: Loader | Repeated, state: TrainState, seq: jax.Array
+        self, name: str, loader: Split, state: TrainState, seq: jax.Array
     ) -> tuple[dict[str, float], jax.Array]:
         means = Means(name, self._engine.in_flight)
         with self._phases.validate:

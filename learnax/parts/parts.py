@@ -13,7 +13,7 @@ from learnax.checkpoint import Checkpointer
 from learnax.checks import Settings
 from learnax.cluster.processes import processes_of
 from learnax.cluster.stops import Stops
-from learnax.data import Loader, Repeated, tell_of_generators
+from learnax.data import Gathered, Loader, Order, Repeated, Split, tell_of_generators
 from learnax.engine import BATCHES, SAME, Engine
 from learnax.engine.accounts import ledger_of
 from learnax.engine.cache import use_cache
@@ -164,12 +164,28 @@ class Parts:
         """Data of each split."""
         return {name: loader.size for name, loader in self.loaders.items()}
 
-    def _loader(self, name: str, dataset: Any) -> Loader | Repeated:
+    def order(self, epoch: int) -> Order | range:
+        """The indices of the training data in the order of an epoch."""
+        size = len(self.settings.train_dataset)
+        return Order(size, self.settings.seed, epoch) if self.settings.shuffle else range(size)
+
+    def _loader(self, name: str, dataset: Any) -> Split:
         settings = self.settings
         put = functools.partial(self.engine.put, spec=BATCHES)
         rows = settings.batch_size // len(self.engine.devices)
         first, last = self.engine.share
         group = settings.accumulate_steps if name == "train" else 1
+        if name == "train" and self.draft.gathers:
+            return Gathered(
+                name,
+                dataset,
+                settings.batch_size,
+                group=group,
+                seed=settings.seed,
+                put=functools.partial(self.engine.put, spec=SAME),
+                lies=self.draft.lies,
+                heed=self.stops.heed,
+            )
         loader = Loader(
             name,
             dataset,
@@ -182,6 +198,8 @@ class Parts:
             budget=RESIDENT_BYTES,
             put=put,
             heed=self.stops.heed,
+            seed=settings.seed if name == "train" and settings.shuffle else None,
+            told=name == "train",
         )
         if settings.single:
             length = settings.epoch_steps * settings.accumulate_steps
