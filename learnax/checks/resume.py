@@ -8,7 +8,7 @@ from typing import Any
 
 from learnax.checks.arguments import check_profile
 from learnax.checks.settings import Settings
-from learnax.data import FirstDatum
+from learnax.data import Feed, FirstDatum
 from learnax.utils import PyTree, describe, leaves_by_path
 
 _logger = logging.getLogger("learnax")
@@ -33,7 +33,10 @@ def comparable(
         for name, value in given.items()
         if name not in ("run", "registry", "devices", "compilation_cache", "num_workers")
     }
-    facts |= {f"len({name})": str(len(dataset)) for name, dataset in splits.items()}
+    facts |= {
+        f"len({name})": repr(dataset) if isinstance(dataset, Feed) else str(len(dataset))
+        for name, dataset in splits.items()
+    }
     facts |= {f"data of {name}": describe(datum.arguments) for name, datum in data.items()}
     facts["registry"] = "None" if given["registry"] is None else "given"
     facts["profile"] = ", ".join(map(str, check_profile(given["profile"]))) or "None"  # where dispatches are cut

@@ -21,5 +21,11 @@ from learnax.data.loader import (
     first_datum as first_datum,
     stays as stays,
 )
+from learnax.data.flow import Flow as Flow
 from learnax.data.order import Order as Order
+from learnax.data.streams import (
+    Batches as Batches,
+    Feed as Feed,
+    Stream as Stream,
+)
 from learnax.data.randomness import tell_of_generators as tell_of_generators

@@ -6,12 +6,14 @@ What the kinds of loaders have in common is `Split`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from learnax.data.batch import Block, ShuffledBlock, copied, signature_of, stack_batches, stack_on_host
+from learnax.data.flow import Flow
 from learnax.data.order import Order
 from learnax.data.reading import (
     Collate,
@@ -25,6 +27,7 @@ from learnax.data.reading import (
     takes_epochs,
     tell_epoch,
 )
+from learnax.data.streams import Batches, Feed
 from learnax.utils import PyTree, describe, same_structure, tree_bytes
 from learnax.utils.permutation import Shuffled
 
@@ -33,7 +36,7 @@ class Split(Protocol):
     """One split of the data as batches on the devices.
 
     Attributes:
-        size: data in a pass.
+        size: data in a pass; 0 where nobody knows.
         room: batches in a block.
     """
 
@@ -41,7 +44,7 @@ class Split(Protocol):
     room: int
 
     def __len__(self) -> int:
-        """Batches in a pass."""
+        """Batches in a pass; 0 where nobody knows."""
 
     def __iter__(self) -> Iterator[list[Any]]:
         """Stacked batches on the host."""
@@ -55,6 +58,9 @@ class Split(Protocol):
 
     def kept(self, block: Block) -> int:
         """Bytes of a whole pass of blocks like this one, if it stays on the devices; 0 if it does not."""
+
+    def ahead(self, count: int) -> Iterator[Block]:
+        """The next blocks, which come again later."""
 
     def close(self) -> None:
         """Ends worker processes; a later pass starts new ones."""
@@ -71,6 +77,7 @@ class Loader:
         name: the split.
         dataset: anything with `__len__` and `__getitem__`.
         batch_size: data per batch.
+        most: batches in a pass at most; None for no limit.
         tail: whether the batch that is not full is filled up and given, or skipped.
         num_workers: processes that read; 0 reads here, while the devices compute.
         put: starts a block's transfer to the devices.
@@ -90,6 +97,7 @@ class Loader:
         dataset: Any,
         batch_size: int,
         *,
+        most: int | None = None,
         tail: bool,
         num_workers: int,
         put: Callable[[PyTree], PyTree],
@@ -107,7 +115,8 @@ class Loader:
         self.room = room
         self._group = group
         self._put = put
-        self.size = size = len(dataset)
+        size = len(dataset)
+        self.size = size = size if most is None else min(size, most * batch_size)
         stop = size if tail else size - size % (batch_size * group)
         first, last = share or (0, batch_size)
         self._ranges = Ranges(size, stop, batch_size, (first, last), seed)
@@ -134,7 +143,7 @@ class Loader:
     def __str__(self) -> str:
         reader = f"{self._workers} worker processes" if self._workers else "this process"
         order = ", in an order of each epoch's own" if self._ranges.shuffled else ""
-        read = f"{self.name}: {len(self.dataset)} data in {len(self)} batches{order}, read by {reader}"
+        read = f"{self.name}: {self.size} data in {len(self)} batches{order}, read by {reader}"
         if not self._budget:
             return f"{read} in each pass"
         return f"{read} once, kept on the devices while it takes at most {self._budget >> 20} MB"
@@ -160,6 +169,10 @@ class Loader:
             yield block
         if left >= 0:
             self._resident = kept
+
+    def ahead(self, count: int) -> Iterator[Block]:
+        """The first blocks."""
+        return itertools.islice(self.blocks(), count)
 
     @property
     def keeps(self) -> bool:
@@ -239,7 +252,7 @@ class Repeated:
         put: starts its transfer to the devices.
     """
 
-    def __init__(self, loader: Loader, length: int, *, datum: bool, put: Callable[[PyTree], PyTree]):
+    def __init__(self, loader: Loader | Flow, length: int, *, datum: bool, put: Callable[[PyTree], PyTree]):
         self._loader = loader
         self._length = length
         self._datum = datum
@@ -265,6 +278,10 @@ class Repeated:
             self._block = _stacked([batch], 1, self._length * size, size, self._put)
         if start < self._length:
             yield dataclasses.replace(self._block, first=start)
+
+    def ahead(self, count: int) -> Iterator[Block]:
+        """The block."""
+        return self.blocks()
 
     @property
     def keeps(self) -> bool:
@@ -339,6 +356,10 @@ class Gathered:
         size, signature = self._length * self.batch_size, signature_of(device)
         yield ShuffledBlock(host, device, size, self.batch_size, signature, start, order=order)
 
+    def ahead(self, count: int) -> Iterator[Block]:
+        """The block of the first epoch."""
+        return self.blocks()
+
     def kept(self, block: Block) -> int:
         """Bytes of the data on each device."""
         return tree_bytes(block.device)
@@ -375,6 +396,12 @@ class FirstDatum(NamedTuple):
 
 def first_datum(name: str, dataset: Any, *, told: bool = False) -> FirstDatum:
     """Reads a dataset's first datum; where it is `told` of epochs, as one of the first of them."""
+    if isinstance(dataset, Feed):
+        item = dataset.look()
+        if isinstance(dataset.stream, Batches):
+            arguments = Collate(name, 0).held(item)
+            return FirstDatum(jax.tree.map(lambda leaf: leaf[0], arguments), isinstance(item, list))
+        return FirstDatum(jax.tree.map(lambda leaf: leaf[0], stack_on_host([item], [0])), isinstance(item, list))
     if told and takes_epochs(dataset):
         tell_epoch(name, dataset, 0)
     datum = read_item(name, dataset, 0)

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, overload
 
-from learnax.data.batch import stack_on_host
+from learnax.data.batch import as_list, stack_on_host
 from learnax.data.order import Order
+from learnax.utils import held
 
 
 class DatasetError(RuntimeError):
@@ -187,6 +188,17 @@ class Collate:
         """
         try:
             return stack_on_host(data, indices, self.batch_size)
+        except (TypeError, ValueError) as error:
+            raise self.error(error) from error
+
+    def held(self, item: Any) -> list[Any]:
+        """A batch that came stacked, as arguments, in memory of their own.
+
+        Raises:
+            ValueError, TypeError: it has what is no array, or a number that does not fit.
+        """
+        try:
+            return held(as_list(item))
         except (TypeError, ValueError) as error:
             raise self.error(error) from error
 

@@ -44,7 +44,7 @@ def selects(platform: str) -> bool:
     return platform != "cpu"
 
 
-def plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes: int, epoch_steps: int) -> Plan:
+def plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes: int, epoch_steps: int | None) -> Plan:
     """Decides how many steps a dispatch makes.
 
     No clock is asked: two runs of one script, and a resumed one, decide alike.
@@ -54,17 +54,19 @@ def plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes
         platform: of the devices, "cpu" for one.
         primitives: names of the JAX primitives that model and losses are made of.
         step_bytes: size of a step's data.
-        epoch_steps: steps in an epoch; more in a dispatch would be padding.
+        epoch_steps: steps in an epoch, or None where nobody knows; more in a dispatch would be padding.
     """
     made = _plan(asked, platform, primitives, step_bytes, epoch_steps)
     return dataclasses.replace(made, step_bytes=step_bytes, selects=selects(platform))
 
 
-def _plan(asked: int | str, platform: str, primitives: frozenset[str], step_bytes: int, epoch_steps: int) -> Plan:
+def _plan(
+    asked: int | str, platform: str, primitives: frozenset[str], step_bytes: int, epoch_steps: int | None
+) -> Plan:
     # Measured on a 2-core CPU: a convolution inside a loop takes 9 times as long as outside.
     looped = not (platform == "cpu" and "conv_general_dilated" in primitives)
     if asked != "auto":
-        return Plan(min(int(asked), epoch_steps), "as asked for, or as many as an epoch has", looped)
+        return Plan(min(int(asked), epoch_steps or int(asked)), "as asked for, or as many as an epoch has", looped)
     if platform != "cpu":
         return Plan(1, f"fusing is not measured on {platform}", looped)
     if not looped:
@@ -73,4 +75,4 @@ def _plan(asked: int | str, platform: str, primitives: frozenset[str], step_byte
     while room > 1 and room * step_bytes > BLOCK_BYTES:
         room //= 2
     why = "dispatches cost more than steps" if room == FUSED else f"their data must fit into {BLOCK_BYTES >> 20} MB"
-    return Plan(min(room, epoch_steps), why, looped)
+    return Plan(min(room, epoch_steps or room), why, looped)

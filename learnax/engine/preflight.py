@@ -45,7 +45,7 @@ class Preflight:
         read_s: seconds in which the data of a step are read and sent.
         validation_s: seconds of a validation.
         epoch_s: seconds of an epoch with its validation, by these.
-        steps: training steps in an epoch.
+        steps: training steps in an epoch; 0 where nobody knows how long a stream is.
         save_s: seconds of a save, until it is on disk; None over several processes, where it is not tried.
         restore_s: seconds of reading it again; it is compared bit for bit.
     """
@@ -80,8 +80,9 @@ class Preflight:
             ("updated in place", in_place),
             ("a step", f"{amount(self.step_s, 's')}; its data are read in {amount(self.read_s, 's')}"),
             ("a validation", amount(self.validation_s, "s")),
-            ("an epoch", f"{amount(self.epoch_s, 's')}, {self.steps} steps and a validation"),
         ]
+        if self.steps:
+            rows.append(("an epoch", f"{amount(self.epoch_s, 's')}, {self.steps} steps and a validation"))
         if self.save_s is not None and self.restore_s is not None:
             text = f"{amount(self.save_s, 's')}; read again in {amount(self.restore_s, 's')}, bit for bit"
             rows.append(("a save", text))
@@ -171,10 +172,10 @@ class Flight:
 
     def _read(self, name: str) -> tuple[Block, float]:
         """A split's first block, and the seconds that the data of a step take: of the second, where there is one."""
-        blocks = iter(self._loaders[name].blocks())
-        taken = []
+        blocks = self._loaders[name].ahead(2)
+        taken: list[float] = []
         first = None
-        for _ in range(2):
+        while len(taken) < 2:
             began = time.perf_counter()
             block = next(blocks, None)
             if block is None:

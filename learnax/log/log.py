@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import sys
 import time
 from collections import deque
@@ -87,7 +88,7 @@ class Log:
     Args:
         run: where metrics go: anything with `log(dict)`, or None.
         in_flight: dispatches that may be unfinished in any case when another one is made.
-        steps: training steps of the whole run, for the progress bar.
+        steps: training steps of the whole run, for the progress bar; None where nobody knows.
         phases: the run's clock.
         processes: of the run: the first one logs and draws.
         batch_data: data in a step, to say how many of them are NaN.
@@ -99,7 +100,7 @@ class Log:
         self,
         run: Any,
         in_flight: int,
-        steps: int,
+        steps: int | None,
         phases: Phases,
         processes: Processes,
         batch_data: int,
@@ -269,11 +270,12 @@ class Log:
             tqdm.write(str(ledger), file=sys.stdout if in_notebook() else sys.stderr)
         self._sender.summarise(ledger.summary())
 
-    def begin_epoch(self, epoch: int, epochs: int) -> None:
+    def begin_epoch(self, epoch: int, epochs: float) -> None:
         """Names the epoch on the progress bar; the time of its first step counts from here."""
         self._last_push = time.perf_counter()
         if self._bar is not None:
-            self._bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
+            of = "" if epochs == math.inf else f"/{epochs}"
+            self._bar.set_description(f"epoch {epoch + 1}{of}", refresh=False)
 
     def _keep_first(self, dispatches: int) -> None:
         while dispatches > 0:
@@ -503,7 +505,7 @@ def _full_name(name: str) -> str:
     return name if name.startswith("grads/") else f"train/{name}"
 
 
-def _bar(total: int, done: int, *, shown: bool) -> Any:
+def _bar(total: int | None, done: int, *, shown: bool) -> Any:
     options: dict[str, Any] = {"total": total, "initial": done, "unit": "step", "dynamic_ncols": True}
     if not shown:
         return tqdm(**options, disable=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from learnax.checkpoint import Checkpointer
 from learnax.checks import Settings
 from learnax.cluster.processes import processes_of
 from learnax.cluster.stops import Stops
-from learnax.data import Gathered, Loader, Order, Repeated, Split, tell_of_generators
+from learnax.data import Feed, Flow, Gathered, Loader, Order, Repeated, Split, Stream, tell_of_generators
 from learnax.engine import BATCHES, SAME, Engine
 from learnax.engine.accounts import ledger_of
 from learnax.engine.cache import use_cache
@@ -35,7 +37,9 @@ from learnax.profiling.profiler import NoProfiler, Profiler, WindowProfiler
 from learnax.profiling.watchdog import Watchdog
 from learnax.registry import Registry
 from learnax.step import evaluated
+from learnax.utils import PyTree
 
+_matters = itertools.count()  # of this process: all processes make the same calls in the same order
 NAME = "trainer"
 """The folder of a run without an id, in its registry."""
 
@@ -100,7 +104,9 @@ class Parts:
         # What comes of it.
         self.log = self._log()
         self.checkpointer = self._checkpointer()
-        self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer)
+        train = self.loaders["train"]
+        flow = train if isinstance(train, Flow) else None
+        self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer, flow)
         self.hooks = self._hooks(traced)
         self.validation = Validation(settings, self.loaders, self.engine, self.programs, self.phases, self.stops)
         self.profiler: Profiler = NoProfiler()
@@ -131,7 +137,7 @@ class Parts:
         """
         self.compile()
         engine, progress = self.engine, self.progress
-        batches, steps = self.settings.accumulate_steps, self.settings.epoch_steps
+        batches, steps = self.settings.accumulate_steps, self.settings.epoch_steps or 0
         flight = Flight(engine, self.programs, self.plan, self.loaders, batches, steps)
         # A step reuses the state's buffers, so a copy is kept. It is on the host, which has room for one where a device
         # may not; but on the devices where the state is divided over several processes and no host has all of it.
@@ -166,15 +172,18 @@ class Parts:
 
     def order(self, epoch: int) -> Order | range:
         """The indices of the training data in the order of an epoch."""
+        if isinstance(self.settings.train_dataset, Stream):
+            raise TypeError("a stream's data have no indices: their order is that in which they come")
         size = len(self.settings.train_dataset)
         return Order(size, self.settings.seed, epoch) if self.settings.shuffle else range(size)
 
     def _loader(self, name: str, dataset: Any) -> Split:
         settings = self.settings
-        put = functools.partial(self.engine.put, spec=BATCHES)
         rows = settings.batch_size // len(self.engine.devices)
         first, last = self.engine.share
         group = settings.accumulate_steps if name == "train" else 1
+        if isinstance(dataset, Feed):
+            return self._flow(name, dataset, (first * rows, last * rows))
         if name == "train" and self.draft.gathers:
             return Gathered(
                 name,
@@ -190,29 +199,61 @@ class Parts:
             name,
             dataset,
             settings.batch_size,
+            most=None if name == "train" else settings.val_steps,
             tail=name != "train",
             num_workers=0 if settings.single else settings.num_workers,
             share=(first * rows, last * rows),
             group=group,
             room=self.draft.room(name),
             budget=RESIDENT_BYTES,
-            put=put,
+            put=self._put_batches,
             heed=self.stops.heed,
             seed=settings.seed if name == "train" and settings.shuffle else None,
             told=name == "train",
         )
         if settings.single:
-            length = settings.epoch_steps * settings.accumulate_steps
-            return Repeated(loader, length, datum=settings.single_datum, put=put)
+            return self._repeated(loader)
         tell_of_generators(name, dataset)
         return loader
+
+    def _flow(self, name: str, feed: Feed, share: tuple[int, int]) -> Split:
+        settings, train = self.settings, name == "train"
+        flow = Flow(
+            feed,
+            settings.batch_size,
+            most=None if train else settings.val_steps,
+            tail=not train,
+            share=share,
+            group=settings.accumulate_steps if train else 1,
+            room=self.draft.room(name),
+            put=self._put_batches,
+            heed=self.stops.heed,
+            agree=self._exchange if self.processes.count > 1 else None,
+            index=self.processes.index,
+        )
+        return self._repeated(flow) if settings.single else flow
+
+    def _repeated(self, loader: Loader | Flow) -> Repeated:
+        settings = self.settings
+        assert settings.epoch_steps is not None  # that of a single batch
+        length = settings.epoch_steps * settings.accumulate_steps
+        return Repeated(loader, length, datum=settings.single_datum, put=self._put_batches)
+
+    def _put_batches(self, tree: PyTree) -> PyTree:
+        return self.engine.put(tree, BATCHES)
+
+    def _exchange(self, text: str) -> list[str]:
+        """Each process's text, in their order."""
+        matter = f"batches of this process's own, {next(_matters)}"
+        told: list[str] = json.loads(self.processes.settle(matter, text, json.dumps))
+        return told
 
     def _log(self) -> Log:
         settings = self.settings
         return Log(
             settings.run,
             self.engine.in_flight,
-            settings.num_epochs * settings.epoch_steps,
+            settings.total_steps,
             self.phases,
             self.processes,
             settings.batch_size * settings.accumulate_steps,
