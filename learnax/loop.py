@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,9 +46,8 @@ class Loop:
                 self.parts.compile()
             params = jax.tree.leaves(self._progress.shapes.params)
             self._log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
-            epochs = itertools.count(self._progress.position.epoch)
-            for epoch in itertools.takewhile(lambda epoch: epoch < self._settings.epochs, epochs):
-                if self._progress.is_complete:
+            for epoch in itertools.count(self._progress.position.epoch):
+                if epoch >= self._settings.epochs or self._progress.is_complete:
                     break
                 train_epoch(epoch)
 
@@ -58,15 +57,9 @@ class Loop:
             self._progress.begin_epoch(epoch)
         with self.session():
             self._log.begin_epoch(epoch, self._settings.epochs)
-            step, position = self._log.step, self._progress.position
-            if position.steps and self.parts.validation.by_steps.next_due(step - 1) == step != position.validated:
-                self._validate(Moment(step, epoch, self._progress.look), regular=True)  # it was stopped before
-            if self._progress.left > 0:
-                blocks = self.parts.loaders["train"].blocks(self._progress.position.batch, epoch)
-                for block in self._phases.waiting(self._phases.data, blocks):
-                    self._train_block(block)
-                    if self._progress.left <= 0:
-                        break
+            self._validate_what_is_owed(epoch)
+            for block in self._blocks(epoch):
+                self._train_block(block)
             self._log.drain()
             if self._progress.left > 0 or self._progress.is_whole:
                 self._end_epoch(epoch)
@@ -87,10 +80,6 @@ class Loop:
             if step + count == edge or step + count != self._log.step_at_most:
                 self._between(block, start - 1, outputs)
             self.parts.stops.check()
-
-    def _next_due(self, step: int) -> float:
-        """The first step after this one at which there is something to do."""
-        return min(part.next_due(step) for part in (self._profiler, self._hooks, self.parts.validation.by_steps))
 
     def _dispatch(self, block: Block, start: int, count: int) -> PyTree:
         """Makes training steps; returns the outputs of the last, on the devices, where they are plotted."""
@@ -118,8 +107,7 @@ class Loop:
             return
         with self._log.newest() as metrics:
             # The order: first a profiler's windows end, as what follows is no part of the step. Then plots and samples,
-            # which may add to the step's metrics; then these are kept; then a validation; then saves, so that a
-            # checkpoint holds all of it.
+            # which may add to the step's metrics; then these are kept, then it validates; then saves hold all of it.
             self._profiler.leave(self._log.step, self._progress.position.epoch)
             if metrics["has_nan"] or metrics.get("overflow"):
                 return  # this update was dropped: what is due at the step before it is done already
@@ -137,36 +125,54 @@ class Loop:
             self._validate(dataclasses.replace(moment, batch=[], outputs=None), regular=True)
         self._save(due(self._hooks.saves, step), moment)
 
-    def _validate(self, moment: Moment, *, regular: bool) -> None:
-        """Validates amid an epoch, and keeps what came of it."""
-        marks = self._log.lengths()
-        means, seq = self.parts.validation(moment, self._progress.seq, regular=regular)
-        rows = self._log.keep_epoch(means)
-        self._progress.validated(seq)
-        moment = dataclasses.replace(moment, metrics=self._log.grown(marks))
-        self._save(due(self._hooks.ends, moment.epoch + 1), moment)
-        for row in rows:
-            self._log.send({**row, "step": moment.step, "epoch": moment.epoch})
-
     def _end_epoch(self, epoch: int) -> None:
         """Validates where that is due, keeps the epoch's means, and does what is due after it."""
         validation, position, seq = self.parts.validation, self._progress.position, self._progress.seq
         means = {"train": self._log.training_means(position.marks)}
-        moment = Moment(self._log.step, epoch, self._progress.look)
         # What a validation amid the epoch came to says nothing of the state at its end.
-        told = {name: last for name, last in self._log.grown(position.marks).items() if name.startswith("train/")}
+        last = {name: value for name, value in self._log.grown(position.marks).items() if name.startswith("train/")}
+        moment = Moment(self._log.step, epoch, self._progress.look, metrics=last)
         if validation.next_due(epoch) == epoch + 1 and position.validated != moment.step:
             validated, seq = validation(moment, seq, regular=validation.is_regular(epoch))
             means |= validated
         # Only after all validation: an epoch that is interrupted before this validates again, with the same keys.
+        self._keep(means, moment, lambda: self._progress.end_epoch(epoch, seq))
+        self._profiler.leave(self._log.step, epoch + 1)
+
+    def _validate(self, moment: Moment, *, regular: bool) -> None:
+        """Validates amid an epoch, and keeps what came of it."""
+        means, seq = self.parts.validation(moment, self._progress.seq, regular=regular)
+        self._keep(means, dataclasses.replace(moment, metrics={}), lambda: self._progress.validated(seq))
+
+    def _validate_what_is_owed(self, epoch: int) -> None:
+        """Validates where the run goes on from a step at which that was due, and was stopped."""
+        step, position = self._log.step, self._progress.position
+        if position.steps and self.parts.validation.by_steps.next_due(step - 1) == step != position.validated:
+            self._validate(Moment(step, epoch, self._progress.look), regular=True)
+
+    def _keep(self, means: Mapping[str, Mapping[str, float]], moment: Moment, move: Callable[[], None]) -> None:
+        """Keeps the means of splits, moves on to where a checkpoint has them, and does what is due then."""
         before = self._log.lengths()
         rows = self._log.keep_epoch(means)
-        moment = dataclasses.replace(moment, metrics=told | self._log.grown(before))
-        self._progress.end_epoch(epoch, seq)
-        self._save(due(self._hooks.ends, epoch + 1), moment)
+        move()
+        metrics = {**moment.metrics, **self._log.grown(before)}
+        self._save(due(self._hooks.ends, moment.epoch + 1), dataclasses.replace(moment, metrics=metrics))
         for row in rows:
-            self._log.send({**row, "step": self._log.step, "epoch": epoch})
-        self._profiler.leave(self._log.step, epoch + 1)
+            self._log.send({**row, "step": moment.step, "epoch": moment.epoch})
+
+    def _blocks(self, epoch: int) -> Iterator[Block]:
+        """The blocks of an epoch that are left, up to the one in which the run's last step is."""
+        if self._progress.left <= 0:
+            return
+        blocks = self.parts.loaders["train"].blocks(self._progress.position.batch, epoch)
+        for block in self._phases.waiting(self._phases.data, blocks):
+            yield block
+            if self._progress.left <= 0:
+                return
+
+    def _next_due(self, step: int) -> float:
+        """The first step after this one at which there is something to do."""
+        return min(part.next_due(step) for part in (self._profiler, self._hooks, self.parts.validation.by_steps))
 
     def _save(self, hooks: list[Hook], moment: Moment) -> None:
         if hooks:
