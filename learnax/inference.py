@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from learnax import checks
-from learnax.data import Block, Loader, first_datum, signature_of
+from learnax.data import Block, Feed, Split, Stream, first_datum, signature_of
 from learnax.engine import BATCHES
 from learnax.engine.plan import BLOCK_BYTES
 from learnax.log import Means, progress_bar
@@ -31,14 +31,14 @@ class _Pass:
 
     Attributes:
         what: the call, which is what the dataset is called, too.
-        loader: its batches.
+        loader: its batches; of a stream, nobody knows how many.
         state: what is evaluated.
         live: the run's state as it was then; a training step takes over its arrays.
         seq: the run's random sequence: the model draws what it would draw in a validation now.
     """
 
     what: str
-    loader: Loader
+    loader: Split
     state: TrainState
     live: Any
     seq: jax.Array
@@ -111,12 +111,15 @@ class Inference:
     def _begin(self, what: str, dataset: Any, params: Any) -> _Pass:
         """Checks what was given: of the dataset, the first datum is read."""
         parts = self._parts
-        checks.check_dataset(what, dataset, 1, parts.settings.batch_size)
+        if isinstance(dataset, Stream):
+            dataset = Feed(what, dataset, told=False)
+        else:
+            checks.check_dataset(what, dataset, 1, parts.settings.batch_size)
         datum = first_datum(what, dataset).arguments
         parts.processes.compare(
             f"what {what}() is given",
             lambda: {
-                "len(dataset)": str(len(dataset)),
+                "len(dataset)": repr(dataset) if isinstance(dataset, Feed) else str(len(dataset)),
                 "params": repr(params) if isinstance(params, (str, int)) else type(params).__name__,
                 "a datum": describe(datum),
             },
@@ -130,14 +133,16 @@ class Inference:
         room = parts.draft.room(what)
         while what == "predict" and room > 1 and room * self._bytes(output) > BLOCK_BYTES:
             room //= 2
-        loader = parts.loader(what, dataset, lambda data: parts.engine.put(self._taken(what, data), BATCHES), room=room)
+        loader = parts.loader(
+            what, dataset, lambda data: parts.engine.put(self._taken(what, data), BATCHES), room=room, tail=True
+        )
         return _Pass(what, loader, state, parts.progress.live, parts.progress.seq)
 
     @contextlib.contextmanager
     def _blocks(self, given: _Pass) -> Iterator[Iterator[Block]]:
         """One pass over the data; where this process fails in it, the others are told."""
         processes = self._parts.processes
-        bar = progress_bar(given.loader.size, shown=processes.first, unit="data", what=given.what)
+        bar = progress_bar(given.loader.size or None, shown=processes.first, unit="data", what=given.what)
         with processes.watching(), contextlib.closing(given.loader), contextlib.closing(bar):
             try:
                 yield self._read(given, bar)
@@ -207,18 +212,25 @@ def _rows(outputs: PyTree, size: int) -> Iterator[PyTree]:
 
 
 def _stacked(chunks: _Chunks, size: int) -> PyTree:
-    """All outputs, leaves `(size, ...)`."""
+    """All outputs, leaves `(n, ...)`; `size` is n, or 0 where nobody knows it yet."""
     whole: PyTree = None
+    first: PyTree = None
     done = 0
+    known = []
     with contextlib.closing(chunks):
         for outputs, count in chunks:
             if not done:
-                whole = jax.tree.map(lambda leaf: np.empty((size, *leaf.shape[1:]), leaf.dtype), outputs)
-            _check_alike(whole, outputs, done)
-            for into, leaf in zip(jax.tree.leaves(whole), jax.tree.leaves(outputs), strict=True):
-                into[done : done + count] = leaf
+                first = outputs
+                if size:
+                    whole = jax.tree.map(lambda leaf: np.empty((size, *leaf.shape[1:]), leaf.dtype), outputs)
+            _check_alike(first, outputs, done)
+            if size:
+                for into, leaf in zip(jax.tree.leaves(whole), jax.tree.leaves(outputs), strict=True):
+                    into[done : done + count] = leaf
+            else:
+                known.append(jax.tree.map(np.array, outputs))
             done += count
-    return whole
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *known) if known else whole
 
 
 def _check_alike(whole: PyTree, outputs: PyTree, done: int) -> None:

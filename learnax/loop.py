@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
-from learnax.data import Block
+from learnax.data import Block, ShuffledBlock
 from learnax.hooks import Hook, Moment, due
 from learnax.parts import Parts
 from learnax.session import Session
@@ -37,15 +38,17 @@ class Loop:
         self.session = Session(parts)
 
     def run(self, train_epoch: Callable[[int], None]) -> None:
-        """Trains the epochs that are left, each by `epoch` or by what a subclass of the trainer has in its place."""
+        """Trains what is left, each epoch by `epoch` or by what a subclass of the trainer has in its place."""
         with self.session():
-            if self._progress.position.epoch < self._settings.num_epochs:
-                self.parts.compile()
-            else:
+            if self._progress.is_complete:
                 self._tell_complete()
+            else:
+                self.parts.compile()
             params = jax.tree.leaves(self._progress.shapes.params)
             self._log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
-            for epoch in range(self._progress.position.epoch, self._settings.num_epochs):
+            for epoch in itertools.count(self._progress.position.epoch):
+                if epoch >= self._settings.epochs or self._progress.is_complete:
+                    break
                 train_epoch(epoch)
 
     def epoch(self, epoch: int) -> None:
@@ -53,21 +56,24 @@ class Loop:
         if epoch != self._progress.position.epoch:
             self._progress.begin_epoch(epoch)
         with self.session():
-            self._log.begin_epoch(epoch, self._settings.num_epochs)
-            blocks = self.parts.loaders["train"].blocks(self._progress.position.batch)
-            for block in self._phases.waiting(self._phases.data, blocks):
+            self._log.begin_epoch(epoch, self._settings.epochs)
+            self._validate_what_is_owed(epoch)
+            for block in self._blocks(epoch):
                 self._train_block(block)
             self._log.drain()
-            self._end_epoch(epoch)
+            if self._progress.left > 0 or self._progress.is_whole:
+                self._end_epoch(epoch)
+            elif not self._progress.is_complete:
+                self._validate(Moment(self._log.step, epoch, self._progress.look), regular=False)
 
     def _train_block(self, block: Block) -> None:
         """Trains on a block's batches, in dispatches that are cut where something is due."""
         start, end, batches = block.first, len(block), self._settings.accumulate_steps
-        while start < end:
+        while start < end and self._progress.left > 0:
             step = self._log.step_at_most
-            edge = min(self._profiler.next_due(step), self._hooks.next_due(step))
+            edge = self._next_due(step)
             room = min(self.parts.plan.room, self._profiler.room(step, self._progress.position.epoch))
-            count = int(min((end - start) // batches, room, edge - step))
+            count = int(min((end - start) // batches, room, edge - step, self._progress.left))
             outputs = self._dispatch(block, start, count)
             start += count * batches
             # Where an update turns out to have been dropped, the step count falls back, and another edge may be next.
@@ -97,11 +103,11 @@ class Loop:
         `step_at_most`, so only where something is due at that one the loop waits to know.
         """
         at_most = self._log.step_at_most
-        if min(self._profiler.next_due(at_most - 1), self._hooks.next_due(at_most - 1)) > at_most:
+        if self._next_due(at_most - 1) > at_most:
             return
         with self._log.newest() as metrics:
             # The order: first a profiler's windows end, as what follows is no part of the step. Then plots and samples,
-            # which may add to the step's metrics; then these are kept; then saves, so that a checkpoint holds them.
+            # which may add to the step's metrics; then these are kept, then it validates; then saves hold all of it.
             self._profiler.leave(self._log.step, self._progress.position.epoch)
             if metrics["has_nan"] or metrics.get("overflow"):
                 return  # this update was dropped: what is due at the step before it is done already
@@ -115,24 +121,58 @@ class Loop:
                 with self._phases.plot:
                     for show in shows:
                         metrics |= show(moment)
+        if self.parts.validation.by_steps.next_due(step - 1) == step:
+            self._validate(dataclasses.replace(moment, batch=[], outputs=None), regular=True)
         self._save(due(self._hooks.saves, step), moment)
 
     def _end_epoch(self, epoch: int) -> None:
         """Validates where that is due, keeps the epoch's means, and does what is due after it."""
-        marks, seq = self._progress.position.marks, self._progress.seq
-        means = {"train": self._log.training_means(marks)}
-        moment = Moment(self._log.step, epoch, self._progress.look)
-        if self.parts.validation.next_due(epoch) == epoch + 1:
-            validated, seq = self.parts.validation(moment, seq)
+        validation, position, seq = self.parts.validation, self._progress.position, self._progress.seq
+        means = {"train": self._log.training_means(position.marks)}
+        # What a validation amid the epoch came to says nothing of the state at its end.
+        last = {name: value for name, value in self._log.grown(position.marks).items() if name.startswith("train/")}
+        moment = Moment(self._log.step, epoch, self._progress.look, metrics=last)
+        if validation.next_due(epoch) == epoch + 1 and position.validated != moment.step:
+            validated, seq = validation(moment, seq, regular=validation.is_regular(epoch))
             means |= validated
         # Only after all validation: an epoch that is interrupted before this validates again, with the same keys.
-        rows = self._log.keep_epoch(means)
-        moment = dataclasses.replace(moment, metrics=self._log.grown(marks))
-        self._progress.end_epoch(epoch, seq)
-        for row in rows:
-            self._log.send({**row, "step": self._log.step, "epoch": epoch})
-        self._save(due(self._hooks.ends, epoch + 1), moment)
+        self._keep(means, moment, lambda: self._progress.end_epoch(epoch, seq))
         self._profiler.leave(self._log.step, epoch + 1)
+
+    def _validate(self, moment: Moment, *, regular: bool) -> None:
+        """Validates amid an epoch, and keeps what came of it."""
+        means, seq = self.parts.validation(moment, self._progress.seq, regular=regular)
+        self._keep(means, dataclasses.replace(moment, metrics={}), lambda: self._progress.validated(seq))
+
+    def _validate_what_is_owed(self, epoch: int) -> None:
+        """Validates where the run goes on from a step at which that was due, and was stopped."""
+        step, position = self._log.step, self._progress.position
+        if position.steps and self.parts.validation.by_steps.next_due(step - 1) == step != position.validated:
+            self._validate(Moment(step, epoch, self._progress.look), regular=True)
+
+    def _keep(self, means: Mapping[str, Mapping[str, float]], moment: Moment, move: Callable[[], None]) -> None:
+        """Keeps the means of splits, moves on to where a checkpoint has them, and does what is due then."""
+        before = self._log.lengths()
+        rows = self._log.keep_epoch(means)
+        move()
+        metrics = {**moment.metrics, **self._log.grown(before)}
+        for row in rows:
+            self._log.send({**row, "step": moment.step, "epoch": moment.epoch})
+        self._save(due(self._hooks.ends, moment.epoch + 1), dataclasses.replace(moment, metrics=metrics))
+
+    def _blocks(self, epoch: int) -> Iterator[Block]:
+        """The blocks of an epoch that are left, up to the one in which the run's last step is."""
+        if self._progress.left <= 0:
+            return
+        blocks = self.parts.loaders["train"].blocks(self._progress.position.batch, epoch)
+        for block in self._phases.waiting(self._phases.data, blocks):
+            yield block
+            if self._progress.left <= 0:
+                return
+
+    def _next_due(self, step: int) -> float:
+        """The first step after this one at which there is something to do."""
+        return min(part.next_due(step) for part in (self._profiler, self._hooks, self.parts.validation.by_steps))
 
     def _save(self, hooks: list[Hook], moment: Moment) -> None:
         if hooks:
@@ -143,16 +183,19 @@ class Loop:
 
     def _batch(self, block: Block, number: int) -> list[Any]:
         """One batch of a block on the host, those parts that other processes have read included."""
-        if not self._engine.spans:
+        if not self._engine.spans or isinstance(block, ShuffledBlock):  # this process has all of it
             return block.batch(number)
         return self._engine.whole(jax.tree.map(lambda leaf: leaf[number % len(leaf)], block.device))
 
     def _tell_complete(self) -> None:
         """Says that there is nothing to train: the script may be meant for another run."""
+        settings, position = self._settings, self._progress.position
+        done = f"{position.epoch} of {settings.num_epochs} epochs, {self._log.step} steps"
+        if settings.num_steps is not None:
+            done = f"{position.steps} of {settings.num_steps} steps"
         _logger.warning(
-            "this run is complete: %d of %d epochs, %d steps; train() makes no step. A larger num_epochs trains on, "
-            "another run= (or load_checkpoint=None, which moves its checkpoints aside) trains anew",
-            self._progress.position.epoch,
-            self._settings.num_epochs,
-            self._log.step,
+            "this run is complete: %s; train() makes no step. A larger %s trains on, another run= (or "
+            "load_checkpoint=None, which moves its checkpoints aside) trains anew",
+            done,
+            "num_epochs" if settings.num_steps is None else "num_steps",
         )

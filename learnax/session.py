@@ -64,17 +64,18 @@ class Session:
     @contextlib.contextmanager
     def _frame(self) -> Iterator[None]:
         parts, self.running = self._parts, True
-        done, alone = self.done(), False
+        position, alone = self._parts.progress.position, False
+        before = position.steps, position.validated
         with parts.phases.other, parts.watchdog.watching(), parts.processes.watching():
             try:
                 if parts.checkpointer is not None:
                     with parts.phases.save:
                         parts.checkpointer.prepare(parts.progress.state)
-                with parts.stops.watched(), parts.log.session(done, parts.progress.position.epoch):
+                with parts.stops.watched(), parts.log.session(position.steps, position.epoch):
                     try:
                         with contextlib.closing(parts.profiler):
                             yield
-                        if self.done() > done:
+                        if self._moved(before):
                             self.save()
                     except SaveError:
                         raise
@@ -83,7 +84,7 @@ class Session:
                             alone = True
                             parts.log.forget()
                             raise parts.processes.failed(error) from error
-                        if self.done() > done and not parts.stops.at_once:
+                        if self._moved(before) and not parts.stops.at_once:
                             self.save_stopped(error)
                         raise
                     finally:
@@ -99,10 +100,10 @@ class Session:
                     with parts.phases.save:
                         parts.checkpointer.close()
 
-    def done(self) -> int:
-        """Steps that the position in the data is at."""
-        settings, position = self._parts.settings, self._parts.progress.position
-        return position.epoch * settings.epoch_steps + position.batch // settings.accumulate_steps
+    def _moved(self, before: tuple[int, int | None]) -> bool:
+        """Whether there is anything to save since the run stood after so many steps, and a validation."""
+        position = self._parts.progress.position
+        return (position.steps, position.validated) != before
 
     def save(self) -> None:
         """Saves the end of a session, so that nothing of it is lost between two saves."""

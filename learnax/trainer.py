@@ -61,7 +61,7 @@ class Trainer:
         seed: of the whole run, a whole number from 0 below 2**32; the same seed gives the same run.
         train_dataset: a list of data, or anything with `__len__` and `__getitem__`. A datum that is a list
             is splatted into the model's arguments, anything else is one argument.
-        num_epochs: passes over the training data.
+        num_epochs: passes over the training data; left out with `num_steps`.
         batch_size: data per step, over all devices; a training batch that is not full is skipped.
         num_workers: processes that read each dataset; 0 reads in this one.
         max_grad: largest global L2 norm of a gradient; beyond it, the gradient is scaled down.
@@ -113,6 +113,10 @@ class Trainer:
         ema: the decay of an average of the parameters that is kept beside them, from 0 to 1, or a schedule of it,
             `updates made -> decay`: `average = decay * average + (1 - decay) * parameters` after each update.
         ema_eval: whether the average is what validation and samples see, and so what "best" is judged by.
+        num_steps: training steps, in place of `num_epochs`; those whose update is dropped count.
+        val_every_steps: steps between validations, in place of `val_every`. The last state is validated in any case.
+        val_steps: batches that a validation of each set takes at most.
+        shuffle: whether each epoch has the training data in an order of its own, a function of seed and epoch alone.
         profile: steps that a profiler is to look at, `"cuda:100-110"`, `"trace:epoch 2"`, ...; see
             `learnax.profiling.windows.parse`. By default what `LEARNAX_PROFILE` says, or none.
 
@@ -143,7 +147,7 @@ class Trainer:
         losses: LossPipe | Callable[..., Any],
         seed: int,
         train_dataset: Any,
-        num_epochs: int,
+        num_epochs: int | None,
         batch_size: int,
         num_workers: int,
         max_grad: float = 1.0,
@@ -186,6 +190,10 @@ class Trainer:
         val_dataset: Any = None,
         ema: float | Callable[[Any], Any] | None = None,
         ema_eval: bool = True,
+        shuffle: bool = False,
+        num_steps: int | None = None,
+        val_every_steps: int | None = None,
+        val_steps: int | None = None,
     ):
         given = dict(locals())
         del given["self"]
@@ -198,7 +206,7 @@ class Trainer:
         self.parts.phases.ready()
 
     def train(self) -> Any:
-        """Runs the epochs that are left, and returns the run with everything written.
+        """Runs the epochs or steps that are left, and returns the run with everything written.
 
         A trainer that loaded a checkpoint goes on where that was made; one that was stopped, where it stopped. A
         SIGINT or SIGTERM (a second one acts at once), `max_seconds`, and whatever is raised inside, end it after the
@@ -215,7 +223,7 @@ class Trainer:
         return self.run
 
     def epoch(self, epoch: int) -> None:
-        """Trains one epoch, then validates where that is due.
+        """Trains one epoch, or as much of it as `num_steps` has left, and validates where that is due.
 
         Args:
             epoch: its number, from 0. The epoch that the run stands in goes on where it stopped.
@@ -317,6 +325,17 @@ class Trainer:
     def position(self) -> Any:
         """Where the run stands in its data."""
         return self.parts.progress.position
+
+    def order(self, epoch: int) -> Any:
+        """The indices of the training data in the order of an epoch, those that fill no batch at the end included.
+
+        Args:
+            epoch: its number, from 0.
+
+        Returns:
+            A `learnax.data.Order`, or a range of the dataset's own order. It is computed where it is looked at.
+        """
+        return self.parts.order(epoch)
 
     @property
     def rng_seq(self) -> jax.Array:

@@ -239,6 +239,8 @@ STEPS = 6
 RUNS = {
     "fused": lambda: {"model": Noisy(), "val_datasets": [make_data(TAIL, 1), make_data(1, 2)]},
     "read again": lambda: {"train_dataset": Streamed(make_data(43)), "val_datasets": [Streamed(make_data(TAIL, 1))]},
+    "shuffled": lambda: {"shuffle": True},
+    "shuffled by index": lambda: {"shuffle": True, "train_dataset": Streamed(make_data(43))},
     "worker": lambda: {"steps_per_execution": 1, "num_workers": 1},
     "accumulated": lambda: {"accumulate_steps": 2},
     "single batch": lambda: {"single_batch": True},
@@ -305,7 +307,7 @@ def trained(name):
     }
     if name in ("fused", "accumulated"):
         results["resident"] = {split: resident(loader) for split, loader in trainer.loaders.items()}
-    if name == "read again":
+    if name in ("read again", "shuffled by index"):
         results["reads"] = {split: loader.dataset.reads for split, loader in trainer.loaders.items()}
     if name == "shown":
         shown = options["plot_model"].__self__

@@ -38,7 +38,7 @@ def test_a_count_that_is_no_whole_number(name, value):
 
 
 def test_counts_that_cannot_be_left_out():
-    with pytest.raises(TypeError, match="num_epochs must be a whole number, but is None"):
+    with pytest.raises(ValueError, match="num_epochs and num_steps are both None; one of them says how long to train"):
         make_trainer(num_epochs=None)
     with pytest.raises(ValueError, match="num_workers must be at least 0, but is -1; 0 reads in this process"):
         make_trainer(num_workers=-1)

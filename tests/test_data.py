@@ -201,11 +201,18 @@ def test_a_batch_is_read_after_the_step_before_it_was_dispatched_and_metrics_com
     assert history == [(k, k, max(0, k - 3)) for k in range(8)]
 
 
+LIST_HINT = ": write list(...) around it, or learnax.data.Stream(...) to have the data read as they come"
+
+
 @pytest.mark.parametrize(
     ("dataset", "kind", "hint"),
     [
-        (iter([]), "list_iterator", ": write list(...) around it"),
-        ({1, 2}, "set", ": write list(...) around it"),
+        (
+            iter([]),
+            "list_iterator",
+            LIST_HINT,
+        ),
+        ({1, 2}, "set", LIST_HINT),
         (7, "int", ""),
         (None, "NoneType", ""),
     ],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import learnax.cluster.processes
+from learnax.data import Order
 from learnax.sinks import page
 from tests import peers
 from tests.helpers import assert_trees_close, assert_trees_equal, make_trainer
@@ -116,6 +117,17 @@ def test_each_process_reads_its_rows_and_no_others(several):
     assert empty > 0
     assert validation.pop(peers.TAIL - 1) == EPOCHS * (1 + empty)
     assert validation == dict.fromkeys(range(peers.TAIL - 1), EPOCHS)
+
+
+def test_each_process_reads_its_rows_of_the_order_of_all(several):
+    count = len(several)
+    if "shuffled by index" not in LAYOUTS[count]:
+        return
+    orders = [Order(SIZE, 0, epoch)[: SIZE - SIZE % BATCH].tolist() for epoch in range(EPOCHS)]
+    for index, peer in enumerate(several):
+        places = [*real(SIZE, index, count, SIZE // BATCH)]
+        reads = peer.results["shuffled by index"]["reads"]["train"]
+        assert reads == [0, *(order[place] for order in orders for place in places)]
 
 
 def test_what_stays_on_the_devices_is_of_their_own_rows(one, several):

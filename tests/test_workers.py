@@ -338,7 +338,7 @@ def test_a_worker_that_hangs_is_ended_and_told_of(make_loader, monkeypatch):
 def test_data_that_cannot_be_sent_are_told_of(make_loader):
     loader = make_loader(make_dataset(lambda index: [np.float32(index), threading.Lock()]), 1)
     text = (
-        "dataset 'set': the data at indices range(0, 2) cannot be sent from a worker process: "
+        "dataset 'set': the data at indices 0 to 1 cannot be sent from a worker process: "
         "TypeError: cannot pickle '_thread.lock' object; num_workers=0 reads in this process"
     )
     with pytest.raises(WorkerError, match=f"^{re.escape(text)}$"):

@@ -22,12 +22,13 @@ from learnax.step import AXIS
 
 _logger = logging.getLogger("learnax")
 
-_COUNTS = ("num_epochs", "batch_size", "accumulate_steps")
-_CADENCES = ("save_every", "checkpoint_every", "plot_every", "val_every", "sample_every")
-_LIMITS = ("max_checkpoints", "max_dropped", "sample_batch_size")
+_COUNTS = ("batch_size", "accumulate_steps")
+_LENGTHS = ("num_epochs", "num_steps")
+_CADENCES = ("save_every", "checkpoint_every", "plot_every", "val_every", "val_every_steps", "sample_every")
+_LIMITS = ("max_checkpoints", "max_dropped", "sample_batch_size", "val_steps")
 _FLAGS = (
     *("keep_best_checkpoint", "minimize_metric", "compile", "single_datum", "single_batch"),
-    *("train_only", "shard_state", "ema_eval"),
+    *("train_only", "shard_state", "ema_eval", "shuffle"),
 )
 _NEEDS = {
     "plot_model": "plot_pipe",
@@ -52,9 +53,11 @@ def checked(build: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(build)
     def init(*args: P.args, **kwargs: P.kwargs) -> None:
-        # It has a place among the first arguments, and with an optimizer it may be left out all the same.
+        # They have places among the first arguments, and may be left out where another one stands for them.
         if kwargs.get("optimizer") is not None and len(args) < 3:
             kwargs.setdefault("learning_rate", None)
+        if kwargs.get("num_steps") is not None and len(args) < 7:
+            kwargs.setdefault("num_epochs", None)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
@@ -87,9 +90,10 @@ def check_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     check_profile(given["profile"])
     check_compiling()
     values: dict[str, Any] = {}
-    for name in (*_COUNTS, *_CADENCES, *_LIMITS):
+    for name in (*_COUNTS, *_LENGTHS, *_CADENCES, *_LIMITS):
         if given[name] is not None or name in _COUNTS:
             values[name] = _whole(name, given[name], least=1)
+    _check_lengths(given)
     if not isinstance(given["steps_per_execution"], str) or given["steps_per_execution"] != "auto":
         values["steps_per_execution"] = _whole(
             "steps_per_execution", given["steps_per_execution"], least=1, hint='; or "auto"'
@@ -126,6 +130,23 @@ def check_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         if given[name] and not given[other]:
             _logger.warning("%s is given, but does nothing without %s", name, other)
     return values
+
+
+def _check_lengths(given: Mapping[str, Any]) -> None:
+    """Raises ValueError where it is not said how long to train or how often to validate, or is said twice."""
+    epochs, steps = (given[name] for name in _LENGTHS)
+    if epochs is None and steps is None:
+        raise ValueError(
+            "num_epochs and num_steps are both None; one of them says how long to train: num_epochs=10 for passes over "
+            "the data, or num_steps=10000 for training steps"
+        )
+    if epochs is not None and steps is not None:
+        raise ValueError(f"num_epochs={epochs} and num_steps={steps} both say how long to train; leave one of them out")
+    if given["val_every"] is not None and given["val_every_steps"] is not None:
+        raise ValueError(
+            f"val_every={given['val_every']} (epochs) and val_every_steps={given['val_every_steps']} (steps) both say "
+            "how often to validate; leave one of them out"
+        )
 
 
 def _seed(given: Any) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from learnax.checks.names import check_split_names
 from learnax.checks.settings import Settings
 from learnax.checks.texts import short, structure_of, what_is
-from learnax.data import FirstDatum, first_datum
+from learnax.data import Feed, FirstDatum, Stream, first_datum
 from learnax.data.batch import as_list
 from learnax.utils import same_structure
 from learnax.utils.leaves import is_array
@@ -32,12 +32,20 @@ def splits_of(settings: Settings) -> tuple[dict[str, Any], dict[str, FirstDatum]
     """
     batch_size, train_dataset = settings.batch_size, settings.train_dataset
     validated = validation_sets(settings.val_datasets, settings.val_dataset)
-    check_dataset("train", train_dataset, batch_size * settings.accumulate_steps, batch_size)
-    splits, data = {"train": train_dataset}, {"train": first_datum("train", train_dataset)}
+    if isinstance(train_dataset, Stream):
+        check_stream("train", train_dataset, settings)
+        train_dataset = Feed("train", train_dataset, told=True)
+    else:
+        check_dataset("train", train_dataset, batch_size * settings.accumulate_steps, batch_size)
+    splits, data = {"train": train_dataset}, {"train": first_datum("train", train_dataset, told=True)}
     named = named_splits(None if settings.train_only else validated, data["train"])
     check_split_names(list(named))
     for name, dataset in named.items():
-        check_dataset(name, dataset, 1, batch_size)
+        if isinstance(dataset, Stream):
+            check_stream(name, dataset, settings)
+            dataset = Feed(name, dataset, told=False)
+        else:
+            check_dataset(name, dataset, 1, batch_size)
         splits[name], data[name] = dataset, first_datum(name, dataset)
         check_no_arrays(name, dataset, data["train"])
     return splits, data
@@ -126,6 +134,26 @@ def check_dataset(name: str, dataset: Any, least: int, batch_size: int) -> None:
     raise ValueError(f"{text}; use {hint}")
 
 
+def check_stream(name: str, stream: Stream, settings: Settings) -> None:
+    """Checks what can be known of a stream before it is read.
+
+    Raises:
+        ValueError: the arguments, or those of the trainer, ask for what it cannot do.
+    """
+    kind = type(stream).__name__
+    if name != "train" and stream.steps_per_epoch is not None:
+        raise ValueError(
+            f"dataset {name!r}: steps_per_epoch is for training data; each validation takes a whole pass, or at most "
+            "val_steps= batches"
+        )
+    if name == "train" and settings.shuffle:
+        raise ValueError(
+            f"shuffle=True needs data that can be read by number, but train_dataset is a {kind}: shuffle where it is "
+            "made, by dataset.shuffle(seed=0) of a grain MapDataset, for one, or .shuffle(seed=0, buffer_size=10000) "
+            "of Hugging Face"
+        )
+
+
 def _size_of(name: str, dataset: Any) -> int:
     """A dataset's length; a TypeError, with what to write, for what has none or cannot be read by number."""
     wanted = f"dataset {name!r} must have __len__ and __getitem__, but is {_kind(dataset)}"
@@ -145,7 +173,10 @@ def _size_of(name: str, dataset: Any) -> int:
     if size is not None:
         return size
     if hasattr(dataset, "__iter__") or hasattr(dataset, "__next__"):
-        raise TypeError(f"{wanted}; a list of data is the simplest: write list(...) around it")
+        raise TypeError(
+            f"{wanted}; a list of data is the simplest: write list(...) around it, or learnax.data.Stream(...) to have "
+            "the data read as they come"
+        )
     raise TypeError(f"{wanted}; a list of data is the simplest")
 
 

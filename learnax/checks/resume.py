@@ -8,7 +8,7 @@ from typing import Any
 
 from learnax.checks.arguments import check_profile
 from learnax.checks.settings import Settings
-from learnax.data import FirstDatum
+from learnax.data import Feed, FirstDatum
 from learnax.utils import PyTree, describe, leaves_by_path
 
 _logger = logging.getLogger("learnax")
@@ -33,7 +33,10 @@ def comparable(
         for name, value in given.items()
         if name not in ("run", "registry", "devices", "compilation_cache", "num_workers")
     }
-    facts |= {f"len({name})": str(len(dataset)) for name, dataset in splits.items()}
+    facts |= {
+        f"len({name})": repr(dataset) if isinstance(dataset, Feed) else str(len(dataset))
+        for name, dataset in splits.items()
+    }
     facts |= {f"data of {name}": describe(datum.arguments) for name, datum in data.items()}
     facts["registry"] = "None" if given["registry"] is None else "given"
     facts["profile"] = ", ".join(map(str, check_profile(given["profile"]))) or "None"  # where dispatches are cut
@@ -51,12 +54,16 @@ def check_same_script(step: int, saved: Mapping[str, Any] | None, now: Mapping[s
     Raises:
         ValueError: data would be trained on twice, or not at all; what was changed is named.
     """
+    before = {} if saved is None else {"shuffle": False, **saved}  # older checkpoints do not speak of it
     changed = [
-        f"{name} was {saved[name]!r} and is {value!r}"
+        f"{name} was {before[name]!r} and is {value!r}"
         for name, value in now.items()
-        if saved is not None and name in saved and saved[name] != value
+        if name in before and before[name] != value
     ]
-    if changed == [line for line in changed if line.startswith("seed ")]:
+    if not changed:
+        return
+    # With shuffled data the seed is part of the place in them.
+    if not now["shuffle"] and all(line.startswith("seed ") for line in changed):
         for line in changed:
             _logger.warning("%s: the run goes on with the random sequence of its checkpoint", line)
         return

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from learnax.data import Stream
 from learnax.loss import LossPipe
 from learnax.models import Model, as_model
 from learnax.registry import Registry
@@ -36,7 +38,7 @@ class Settings:
     losses: LossPipe | Callable[..., Any]
     seed: int
     train_dataset: Any
-    num_epochs: int
+    num_epochs: int | None
     batch_size: int
     num_workers: int
     max_grad: float
@@ -78,6 +80,10 @@ class Settings:
     val_dataset: Any
     ema: float | Callable[[Any], Any] | None
     ema_eval: bool
+    shuffle: bool
+    num_steps: int | None
+    val_every_steps: int | None
+    val_steps: int | None
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     own_optimizer: bool = True
     adapter: Model = dataclasses.field(init=False, repr=False)
@@ -113,24 +119,51 @@ class Settings:
         return self.own_optimizer and self.safe
 
     @functools.cached_property
-    def epoch_steps(self) -> int:
-        """Training steps in an epoch, by the data as they were when the trainer was built."""
+    def epoch_steps(self) -> int | None:
+        """Training steps in an epoch, by the data as they were when the trainer was built; None of an open stream."""
         if self.single:
             return _SINGLE_BATCH_STEPS
+        if isinstance(self.train_dataset, Stream):
+            return self.train_dataset.steps_per_epoch
         return len(self.train_dataset) // self.batch_size // self.accumulate_steps
+
+    @property
+    def epochs(self) -> float:
+        """Epochs that a run begins."""
+        if self.num_epochs is not None:
+            return self.num_epochs
+        assert self.num_steps is not None  # one of the two is given
+        return math.inf if self.epoch_steps is None else -(-self.num_steps // self.epoch_steps)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Training steps of a whole run, those included whose update is dropped; None where nobody knows."""
+        if self.num_epochs is None or self.epoch_steps is None:
+            return self.num_steps
+        return self.num_epochs * self.epoch_steps
 
     @property
     def device_list(self) -> list[jax.Device]:
         """Devices that a batch is split over."""
         return list(self.devices or jax.devices())
 
+    @property
+    def train_size(self) -> int | str:
+        """Training data; or what there is to say of a stream."""
+        data = self.train_dataset
+        if not isinstance(data, Stream):
+            return len(data)
+        length = "" if data.steps_per_epoch is None else f" of {data.steps_per_epoch} steps an epoch"
+        return f"{type(data).__name__}{length}"
+
     def script(self) -> dict[str, Any]:
         """What a position in the data and in the random sequence depends on."""
         return {
             "batch_size": int(self.batch_size),
             "accumulate_steps": int(self.accumulate_steps),
-            "len(train_dataset)": len(self.train_dataset),
+            "len(train_dataset)": self.train_size,
             "single_batch": bool(self.single_batch),
             "single_datum": bool(self.single_datum),
             "seed": int(self.seed),
+            "shuffle": bool(self.shuffle),
         }

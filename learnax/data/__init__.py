@@ -5,6 +5,7 @@ The room may import utils; it must not know models, steps or what devices there 
 
 from learnax.data.batch import (
     Block as Block,
+    ShuffledBlock as ShuffledBlock,
     arranged as arranged,
     as_list as as_list,
     copied as copied,
@@ -12,9 +13,19 @@ from learnax.data.batch import (
     stack_on_host as stack_on_host,
 )
 from learnax.data.loader import (
+    Gathered as Gathered,
     Loader as Loader,
     Repeated as Repeated,
+    Split as Split,
     FirstDatum as FirstDatum,
     first_datum as first_datum,
+    stays as stays,
+)
+from learnax.data.flow import Flow as Flow
+from learnax.data.order import Order as Order
+from learnax.data.streams import (
+    Batches as Batches,
+    Feed as Feed,
+    Stream as Stream,
 )
 from learnax.data.randomness import tell_of_generators as tell_of_generators

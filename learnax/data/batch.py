@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from learnax.data.order import Order
 from learnax.utils import PyTree, Rows, describe, held, same_structure
 
 
@@ -42,6 +43,23 @@ class Block:
     def batch(self, number: int) -> list[Any]:
         """One batch on the host, leaves `(batch_size, ...)`: views of `host`."""
         return jax.tree.map(lambda leaf: leaf[number % len(leaf)], self.host)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShuffledBlock(Block):
+    """All data of an epoch, of which each step gathers its batch.
+
+    Attributes:
+        host: all data, in their own order, leaves `(size of the dataset, ...)`.
+        order: the indices of the epoch.
+    """
+
+    order: Order = dataclasses.field(kw_only=True)
+
+    def batch(self, number: int) -> list[Any]:
+        """One batch on the host, leaves `(batch_size, ...)`: copies."""
+        rows = self.order[number * self.batch_size : (number + 1) * self.batch_size]
+        return jax.tree.map(lambda leaf: leaf[rows], self.host)
 
 
 def as_list(datum: Any) -> list[Any]:

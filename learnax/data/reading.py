@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, overload
 
-from learnax.data.batch import stack_on_host
+from learnax.data.batch import as_list, stack_on_host
+from learnax.data.order import Order
+from learnax.utils import held
 
 
 class DatasetError(RuntimeError):
@@ -21,12 +23,15 @@ class Ranges(Sequence[range]):
         stop: where the last batch ends, or would end if it were full.
         batch_size: data per batch.
         share: the rows of each batch that are wanted, the first and the one after the last.
+        seed: of the order of each epoch; None for the dataset's own order.
     """
 
-    def __init__(self, size: int, stop: int, batch_size: int, share: tuple[int, int]):
+    def __init__(self, size: int, stop: int, batch_size: int, share: tuple[int, int], seed: int | None = None):
         self._size = size
         self._starts = range(0, stop, batch_size)
         self._share = share
+        self._seed = seed
+        self._order: tuple[int, Order] | None = None
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -44,9 +49,36 @@ class Ranges(Sequence[range]):
         # A share that lies behind the end of the data is all padding: the last datum, as for one that ends there.
         return range(min(start + first, self._size - 1), min(start + last, self._size))
 
+    def indices(self, number: int, epoch: int) -> Sequence[int]:
+        """The indices of a batch of an epoch."""
+        places = self[number]
+        if self._seed is None:
+            return places
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, Order(self._size, self._seed, epoch)
+        order = self._order[1]
+        return [order[place] for place in places]
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether epochs have orders of their own."""
+        return self._seed is not None
+
     def real(self, number: int) -> int:
         """Data in a whole batch, those that others read included."""
         return min(self._starts.step, self._size - self._starts[number])
+
+
+class Only(Ranges):
+    """One batch of these indices alone."""
+
+    def __init__(self, indices: range):
+        super().__init__(len(indices), 1, 1, (0, 1))
+        self._indices = indices
+
+    def indices(self, number: int, epoch: int) -> Sequence[int]:
+        """The indices."""
+        return self._indices
 
 
 class Heed:
@@ -77,8 +109,8 @@ class Heed:
 class Reader(Protocol):
     """Reads the batches of one split, in order."""
 
-    def read(self, start: int) -> Iterator[list[Any]]:
-        """Each batch of one pass, from batch `start` on, stacked on the host.
+    def read(self, start: int, epoch: int = 0) -> Iterator[list[Any]]:
+        """Each batch of an epoch, from batch `start` on, stacked on the host.
 
         Raises:
             DatasetError: the dataset raised.
@@ -103,24 +135,29 @@ class Here:
         ranges: the indices of each batch.
         collate: stacks a batch.
         heed: is asked before each datum.
+        told: whether the dataset is told each epoch's number.
     """
 
-    def __init__(self, name: str, dataset: Any, ranges: Sequence[range], collate: Collate, heed: Heed):
+    def __init__(self, name: str, dataset: Any, ranges: Ranges, collate: Collate, heed: Heed, *, told: bool = False):
         self._name = name
         self._dataset = dataset
         self._ranges = ranges
         self._collate = collate
         self._heed = heed
+        self._told = told
 
-    def read(self, start: int) -> Iterator[list[Any]]:
+    def read(self, start: int, epoch: int = 0) -> Iterator[list[Any]]:
         """Reads each batch when it is asked for."""
+        if self._told:
+            tell_epoch(self._name, self._dataset, epoch)
         for number in range(start, len(self._ranges)):
-            yield self._collate(self._ranges[number], self._items(self._ranges[number]))
+            indices = self._ranges.indices(number, epoch)
+            yield self._collate(indices, self._items(indices))
 
     def close(self) -> None:
         """Nothing to let go of."""
 
-    def _items(self, indices: range) -> Iterator[Any]:
+    def _items(self, indices: Sequence[int]) -> Iterator[Any]:
         dataset, heed = self._dataset, self._heed
         for index in indices:
             heed()
@@ -143,7 +180,7 @@ class Collate:
     name: str
     batch_size: int
 
-    def __call__(self, indices: range, data: Iterable[Any]) -> list[Any]:
+    def __call__(self, indices: Sequence[int], data: Iterable[Any]) -> list[Any]:
         """The batch, leaves `(batch_size, ...)`; each datum is copied before the next one is asked for.
 
         Raises:
@@ -151,6 +188,17 @@ class Collate:
         """
         try:
             return stack_on_host(data, indices, self.batch_size)
+        except (TypeError, ValueError) as error:
+            raise self.error(error) from error
+
+    def held(self, item: Any) -> list[Any]:
+        """A batch that came stacked, as arguments, in memory of their own.
+
+        Raises:
+            ValueError, TypeError: it has what is no array, or a number that does not fit.
+        """
+        try:
+            return held(as_list(item))
         except (TypeError, ValueError) as error:
             raise self.error(error) from error
 
@@ -168,6 +216,31 @@ def read_item(name: str, dataset: Any, index: int) -> Any:
         raise DatasetError(error_text(name, index, error)) from error
 
 
+def takes_epochs(dataset: Any) -> bool:
+    """Whether a dataset wants to be told the number of each epoch: it has `set_epoch`."""
+    return callable(getattr(dataset, "set_epoch", None))
+
+
+def tell_epoch(name: str, dataset: Any, epoch: int) -> None:
+    """Tells a dataset which epoch is read next; a DatasetError where it raises."""
+    try:
+        dataset.set_epoch(epoch)
+    except Exception as error:
+        raise DatasetError(epoch_text(name, epoch, error)) from error
+
+
 def error_text(name: str, index: int, error: BaseException) -> str:
     """What a DatasetError says."""
     return f"dataset {name!r} raised at index {index}: {type(error).__name__}: {error}"
+
+
+def epoch_text(name: str, epoch: int, error: BaseException) -> str:
+    """What a DatasetError says of a dataset that was told an epoch."""
+    return f"dataset {name!r} raised in set_epoch({epoch}): {type(error).__name__}: {error}"
+
+
+def indices_text(indices: Sequence[int]) -> str:
+    """Some indices for a person."""
+    if isinstance(indices, range):
+        return f"{indices[0]} to {indices[-1]}"
+    return ", ".join(map(str, indices[:5])) + (", ..." if len(indices) > 5 else "")

@@ -14,6 +14,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -26,7 +27,15 @@ import numpy as np
 
 from learnax.data.batch import as_list
 from learnax.data.ending import Hold, Lifeline, room_text
-from learnax.data.reading import Collate, DatasetError, Heed, error_text
+from learnax.data.reading import (
+    Collate,
+    DatasetError,
+    Heed,
+    Ranges,
+    epoch_text,
+    error_text,
+    indices_text,
+)
 from learnax.data.sending import Classes, in_main, in_worker, to_main, to_worker
 from learnax.data.spawning import PROCESS_NAME, grain_library, keep_main_from_workers
 from learnax.utils import Rows
@@ -55,32 +64,47 @@ class Workers:
         collate: stacks a batch.
         num_workers: processes.
         heed: is asked about every second while one of them is waited for.
+        told: whether each copy of the dataset is told each epoch's number.
     """
 
     def __init__(
-        self, name: str, dataset: Any, ranges: Sequence[range], collate: Collate, num_workers: int, heed: Heed
+        self,
+        name: str,
+        dataset: Any,
+        ranges: Ranges,
+        collate: Collate,
+        num_workers: int,
+        heed: Heed,
+        *,
+        told: bool = False,
     ):
         self._name = name
         self._ranges = ranges
         self._collate = collate
         self._num_workers = min(num_workers, len(ranges))
         _check_sendable(name, dataset)
-        self._source = _Source(name, dataset, ranges, collate)
+        self._source = _Source(name, dataset, ranges, collate, told)
+        # Where epochs are alike, the next pass that workers have begun is the right one, whichever it is.
+        self._differ = told or ranges.shuffled
         self._streams: list[tuple[Any, Lifeline]] = []  # grain's iterator, while there are processes
-        self._next = self._opened = 0
+        self._next = self._taken = 0
         self._heed = heed
         self._watchdog = _Watchdog(heed)
         # Where nobody closes this reader, its processes end with it, or with the program.
         weakref.finalize(self, _close, self._streams, self._watchdog)
 
-    def read(self, start: int) -> Iterator[list[Any]]:
+    def read(self, start: int, epoch: int = 0) -> Iterator[list[Any]]:
         """Takes each batch from the worker whose turn it is."""
-        for number in range(start, len(self._ranges)):
+        count = len(self._ranges)
+        before = epoch * count if self._differ else 0
+        for number in range(before + start, before + count):
             if not self._streams or self._next != number:
                 self._open(number)
-            blob = self._take(number)
-            self._next = (number + 1) % len(self._ranges)
-            yield self._unpack(self._ranges[number], blob)
+            indices = self._ranges.indices(number % count, number // count)
+            blob = self._take(indices)
+            self._taken += 1
+            self._next = number + 1 if self._differ else (number + 1) % count
+            yield self._unpack(indices, blob)
 
     def close(self) -> None:
         """Ends the processes; a later pass starts new ones."""
@@ -92,24 +116,23 @@ class Workers:
         grain = grain_library()
         # One thread in each worker: datasets need not be safe for several, and AHEAD bounds what is kept ready.
         one_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        endless = grain.MapDataset.source(self._source).repeat()[start:].to_iter_dataset(one_thread)
+        endless = grain.MapDataset.source(self._source)[start:].to_iter_dataset(one_thread)
         options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=AHEAD)
         lifeline = Lifeline(self._num_workers)
         begin = functools.partial(_begin_worker, lifeline.hold)
         self._streams.append((iter(endless.mp_prefetch(options, worker_init_fn=begin)), lifeline))
-        self._next = self._opened = start
+        self._next, self._taken = start, 0
         self._watchdog.start()
 
-    def _take(self, number: int) -> np.ndarray:
+    def _take(self, indices: Sequence[int]) -> np.ndarray:
         try:
             with self._watchdog.watching():
                 return next(self._streams[0][0])
         except Exception as error:
             self.close()
             self._heed()  # a signal, or the watchdog for it, may have ended the worker
-            indices = self._ranges[number]
-            worker = (number - self._opened) % self._num_workers
-            who, what = f"dataset {self._name!r}: worker process {worker}", f"the data {indices[0]} to {indices[-1]}"
+            worker = self._taken % self._num_workers
+            who, what = f"dataset {self._name!r}: worker process {worker}", f"the data {indices_text(indices)}"
             if self._watchdog.bit:
                 raise WorkerError(
                     f"{who} has not given {what} in {PATIENCE_S:g} s and was ended: it hangs, or that is how long "
@@ -120,7 +143,7 @@ class Workers:
                 "have run out of memory or been killed, and num_workers=0 reads in this process"
             ) from error
 
-    def _unpack(self, indices: range, blob: np.ndarray) -> list[Any]:
+    def _unpack(self, indices: Sequence[int], blob: np.ndarray) -> list[Any]:
         content = in_main(blob.tobytes(), self._source.classes)
         if isinstance(content, _Stacked):
             return content.batch
@@ -207,13 +230,15 @@ def _begin_worker(hold: Hold, index: int, count: int) -> None:
 
 
 class _Source:
-    """The batches as a grain source: each is one element, pickled into an array of bytes.
+    """The batches of epoch after epoch as a grain source: each is one element, pickled into an array of bytes.
 
     Attributes:
         classes: those that this process shares with the other side.
     """
 
-    def __init__(self, name: str, dataset: Any, ranges: Sequence[range], collate: Collate):
+    def __init__(self, name: str, dataset: Any, ranges: Ranges, collate: Collate, told: bool):
+        self._told = told
+        self._epoch: int | None = None
         self._name = name
         self._dataset = dataset
         self._ranges = ranges
@@ -228,15 +253,16 @@ class _Source:
         return self.__dict__ | {"_dataset": None, "_sent": sent, "classes": {}}
 
     def __len__(self) -> int:
-        return len(self._ranges)
+        return sys.maxsize
 
     def __getitem__(self, number: int) -> np.ndarray:
-        return np.frombuffer(to_main(self._read(self._ranges[number]), self.classes), np.uint8)
+        epoch, batch = divmod(number, len(self._ranges))
+        return np.frombuffer(to_main(self._read(self._ranges.indices(batch, epoch), epoch), self.classes), np.uint8)
 
     def __repr__(self) -> str:
-        return f"_Source({len(self)} batches)"
+        return f"_Source({len(self._ranges)} batches)"
 
-    def _read(self, indices: range) -> _Stacked | _Failure | list[bytes]:
+    def _read(self, indices: Sequence[int], epoch: int) -> _Stacked | _Failure | list[bytes]:
         # An exit in the user's code must not end the worker in silence, hence BaseException.
         try:
             if self._sent:
@@ -245,6 +271,12 @@ class _Source:
         except BaseException as error:
             what = "it cannot be made again in a worker process"
             return self._failure(error, WorkerError, self._text(what, error))
+        if self._told and epoch != self._epoch:
+            try:
+                self._dataset.set_epoch(epoch)
+            except BaseException as error:
+                return self._failure(error, DatasetError, epoch_text(self._name, epoch, error))
+            self._epoch = epoch
         rows = Rows(self._collate.batch_size, held=True)
         sent: list[bytes] = []
         for index in indices:
@@ -264,7 +296,7 @@ class _Source:
                     sent = [to_main(rows.tree(number), self.classes) for number in range(len(rows))]
                 sent.append(to_main(datum, self.classes))
             except Exception as error:
-                what = f"the data at indices {indices} cannot be sent from a worker process"
+                what = f"the data at indices {indices_text(indices)} cannot be sent from a worker process"
                 return self._failure(error, WorkerError, self._text(what, error))
         if sent:
             return sent

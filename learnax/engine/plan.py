@@ -52,7 +52,7 @@ def plan(
     platform: str,
     primitives: frozenset[str],
     step_bytes: int,
-    epoch_steps: int,
+    epoch_steps: int | None,
     state_bytes: int,
 ) -> Plan:
     """Decides how many steps a dispatch makes.
@@ -64,7 +64,7 @@ def plan(
         platform: of the devices, "cpu" for one.
         primitives: names of the JAX primitives that model and losses are made of.
         step_bytes: size of a step's data.
-        epoch_steps: steps in an epoch; more in a dispatch would be padding.
+        epoch_steps: steps in an epoch, or None where nobody knows; more in a dispatch would be padding.
         state_bytes: size of the training state.
     """
     made = _plan(asked, platform, primitives, step_bytes, epoch_steps, state_bytes)
@@ -76,13 +76,13 @@ def _plan(
     platform: str,
     primitives: frozenset[str],
     step_bytes: int,
-    epoch_steps: int,
+    epoch_steps: int | None,
     state_bytes: int,
 ) -> Plan:
     # Measured on a 2-core CPU: a convolution inside a loop takes 9 times as long as outside.
     looped = not (platform == "cpu" and "conv_general_dilated" in primitives)
     if asked != "auto":
-        return Plan(min(int(asked), epoch_steps), "as asked for, or as many as an epoch has", looped)
+        return Plan(min(int(asked), epoch_steps or int(asked)), "as asked for, or as many as an epoch has", looped)
     if platform not in ("cpu", "gpu"):
         return Plan(1, f"fusing is not measured on {platform}", looped)
     if platform == "gpu" and state_bytes > SMALL_STATE_BYTES:
@@ -93,4 +93,4 @@ def _plan(
     while room > 1 and room * step_bytes > BLOCK_BYTES:
         room //= 2
     why = "dispatches cost more than steps" if room == FUSED else f"their data must fit into {BLOCK_BYTES >> 20} MB"
-    return Plan(min(room, epoch_steps), why, looped)
+    return Plan(min(room, epoch_steps or room), why, looped)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from learnax.checkpoint import Checkpointer
-from learnax.data import Block, Loader, Repeated
+from learnax.data import Block, Split
 from learnax.engine import Engine
 from learnax.engine.plan import Plan
 from learnax.engine.programs import Programs
@@ -21,6 +21,7 @@ from learnax.profiling.costs import Costs, amount, memory_of
 from learnax.step import Packed
 from learnax.step.state import TrainState
 from learnax.utils import PyTree, key_data, leaves_by_path, tree_bytes
+from learnax.utils.permutation import Shuffled
 
 _TIMED = 5
 """Dispatches that are timed, after one that is not."""
@@ -44,7 +45,7 @@ class Preflight:
         read_s: seconds in which the data of a step are read and sent.
         validation_s: seconds of a validation.
         epoch_s: seconds of an epoch with its validation, by these.
-        steps: training steps in an epoch.
+        steps: training steps in an epoch; 0 where nobody knows how long a stream is.
         save_s: seconds of a save, until it is on disk; None over several processes, where it is not tried.
         restore_s: seconds of reading it again; it is compared bit for bit.
     """
@@ -79,8 +80,9 @@ class Preflight:
             ("updated in place", in_place),
             ("a step", f"{amount(self.step_s, 's')}; its data are read in {amount(self.read_s, 's')}"),
             ("a validation", amount(self.validation_s, "s")),
-            ("an epoch", f"{amount(self.epoch_s, 's')}, {self.steps} steps and a validation"),
         ]
+        if self.steps:
+            rows.append(("an epoch", f"{amount(self.epoch_s, 's')}, {self.steps} steps and a validation"))
         if self.save_s is not None and self.restore_s is not None:
             text = f"{amount(self.save_s, 's')}; read again in {amount(self.restore_s, 's')}, bit for bit"
             rows.append(("a save", text))
@@ -105,7 +107,7 @@ class Flight:
         engine: Engine,
         programs: Programs,
         plan: Plan,
-        loaders: Mapping[str, Loader | Repeated],
+        loaders: Mapping[str, Split],
         accumulate: int,
         steps: int,
     ):
@@ -147,7 +149,7 @@ class Flight:
         validation_s = sum(self._validation(name, state, seq) for name in self._loaders if name != "train")
         # Over several processes a save needs storage that all share, which a temporary folder is not.
         save_s, restore_s = (None, None) if self._engine.spans else _save_and_restore(state, resume)
-        reading = 0.0 if self._kept(block) else read_s
+        reading = 0.0 if self._loaders["train"].kept(block) else read_s
         a_step = max(step_s, reading) if self._engine.in_flight else step_s + reading
         return Preflight(
             params=params,
@@ -170,10 +172,10 @@ class Flight:
 
     def _read(self, name: str) -> tuple[Block, float]:
         """A split's first block, and the seconds that the data of a step take: of the second, where there is one."""
-        blocks = iter(self._loaders[name].blocks())
-        taken = []
+        blocks = self._loaders[name].ahead(2)
+        taken: list[float] = []
         first = None
-        for _ in range(2):
+        while len(taken) < 2:
             began = time.perf_counter()
             block = next(blocks, None)
             if block is None:
@@ -186,6 +188,8 @@ class Flight:
         return first, taken[-1] * (self._accumulate if name == "train" else 1)
 
     def _kept(self, block: Block) -> int:
+        if isinstance(block.device, Shuffled):
+            return 0  # the program is given all of it
         return self._loaders["train"].kept(block) // len(self._engine.devices)
 
     def _train(

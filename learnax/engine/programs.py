@@ -47,10 +47,18 @@ class Programs:
         with_outputs: whether training gives the model's outputs.
         first: the first training datum, by which data given by hand are known.
         by_average: whether the average of the parameters is what is evaluated, where there is one.
+        gathers: whether training gathers its batches from data that each device has whole.
     """
 
     def __init__(
-        self, engine: Engine, recipe: Recipe, room: int, with_outputs: bool, first: FirstDatum, by_average: bool = True
+        self,
+        engine: Engine,
+        recipe: Recipe,
+        room: int,
+        with_outputs: bool,
+        first: FirstDatum,
+        by_average: bool = True,
+        gathers: bool = False,
     ):
         self._engine = engine
         self._first = first
@@ -60,7 +68,7 @@ class Programs:
         self._train = Kind(
             "train",
             functools.partial(train_many, recipe, room, with_outputs),
-            (layout, SAME, BATCHES, SAME, SAME),
+            (layout, SAME, SAME if gathers else BATCHES, SAME, SAME),
             (layout, SAME, SAME, SPLIT),
             donated=(0,),
         )

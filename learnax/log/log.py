@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import signal
 import sys
 import time
@@ -91,7 +92,7 @@ class Log:
     Args:
         run: where metrics go: anything with `log(dict)`, a sink, several of these, or None.
         in_flight: dispatches that may be unfinished in any case when another one is made.
-        steps: training steps of the whole run, for the progress bar.
+        steps: training steps of the whole run, for the progress bar; None where nobody knows.
         phases: the run's clock.
         processes: of the run: the first one logs and draws.
         batch_data: data in a step, to say how many of them are NaN.
@@ -110,7 +111,7 @@ class Log:
         self,
         run: Any,
         in_flight: int,
-        steps: int,
+        steps: int | None,
         phases: Phases,
         processes: Processes,
         batch_data: int,
@@ -313,11 +314,12 @@ class Log:
             tqdm.write(str(ledger), file=sys.stdout if in_notebook() else sys.stderr)
         self._sender.summarise(ledger.summary())
 
-    def begin_epoch(self, epoch: int, epochs: int) -> None:
+    def begin_epoch(self, epoch: int, epochs: float) -> None:
         """Names the epoch on the progress bar; the time of its first step counts from here."""
         self._last_push = time.perf_counter()
         if self._bar is not None:
-            self._bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
+            of = "" if epochs == math.inf else f"/{epochs}"
+            self._bar.set_description(f"epoch {epoch + 1}{of}", refresh=False)
 
     def _keep_first(self, dispatches: int) -> None:
         while dispatches > 0:
@@ -569,11 +571,11 @@ def _full_name(name: str) -> str:
     return name if name.startswith("grads/") else f"train/{name}"
 
 
-def progress_bar(total: int, done: int = 0, *, shown: bool, unit: str = "step", what: str | None = None) -> Any:
+def progress_bar(total: int | None, done: int = 0, *, shown: bool, unit: str = "step", what: str | None = None) -> Any:
     """A bar of tqdm's, or of a notebook's.
 
     Args:
-        total: of what is counted.
+        total: of what is counted; None where nobody knows.
         done: how many of them are done.
         shown: whether anything is drawn.
         unit: what is counted.

@@ -10,15 +10,16 @@ from jax.sharding import PartitionSpec
 
 from learnax import checks
 from learnax.checks import Settings
-from learnax.data import FirstDatum
-from learnax.engine import Engine, Wanted
-from learnax.engine.plan import Plan, plan
+from learnax.data import FirstDatum, stays
+from learnax.engine import SAME, SPLIT, Engine, Wanted
+from learnax.engine.plan import RESIDENT_BYTES, Plan, plan
 from learnax.engine.programs import Programs
 from learnax.engine.sharding import Gather, divided
 from learnax.parts.progress import Origin
 from learnax.step import AXIS, Packed, Recipe
 from learnax.step.state import TrainState
 from learnax.utils import PyTree, tree_bytes
+from learnax.utils.permutation import Shuffled, rounds_of
 
 
 class Draft:
@@ -35,6 +36,7 @@ class Draft:
         plan: how many steps a dispatch makes.
         recipe: what a step is made of.
         programs: training, evaluation, an update by hand.
+        gathers: whether the training data lie on each device, and a step gathers its batch from them.
     """
 
     def __init__(self, settings: Settings, traced: checks.Traced, first: Mapping[str, FirstDatum], engine: Engine):
@@ -45,8 +47,13 @@ class Draft:
         gather = self._divide(traced) if settings.shard_state else None
         self.plan = self._plan(traced)
         self.recipe = self._recipe(traced, gather)
+        self.gathers = (
+            settings.shuffle and not settings.single and stays(settings.train_dataset, first["train"], RESIDENT_BYTES)
+        )
         with_outputs, by_average = settings.plot_pipe is not None, settings.ema_eval
-        self.programs = Programs(engine, self.recipe, self.plan.room, with_outputs, first["train"], by_average)
+        self.programs = Programs(
+            engine, self.recipe, self.plan.room, with_outputs, first["train"], by_average, self.gathers
+        )
 
     def room(self, split: str) -> int:
         """Batches in a block of a split."""
@@ -60,6 +67,19 @@ class Draft:
             lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), self._first[split].arguments
         )
 
+    @property
+    def lies(self) -> Any:
+        """How a batch that is gathered lies, where XLA's partitioner divides it."""
+        return None if self._engine.layout == SAME else self._engine.sharding(SPLIT)
+
+    def block(self, split: str) -> PyTree:
+        """The shapes of a split's blocks."""
+        if split != "train" or not self.gathers:
+            return self.batches(self.room(split), self._settings.batch_size, split=split)
+        size = len(self._settings.train_dataset)
+        rounds = jax.eval_shape(lambda: rounds_of(size, 0, 0))
+        return Shuffled(self.batches(size), rounds, size, self.lies)
+
     def wanted(self, live: TrainState | Packed, seq: jax.Array, sizes: Mapping[str, int]) -> list[Wanted]:
         """The programs of a run.
 
@@ -68,11 +88,8 @@ class Draft:
             seq: the random sequence, or its shape.
             sizes: split -> its data.
         """
-        batch_size = self._settings.batch_size
-        blocks: dict[str, PyTree] = {
-            name: self.batches(self.room(name), batch_size, split=name) for name in self._first
-        }
-        tails = {name: size % batch_size for name, size in sizes.items()}
+        blocks: dict[str, PyTree] = {name: self.block(name) for name in self._first}
+        tails = {name: size % self._settings.batch_size for name, size in sizes.items()}
         return self.programs.wanted(live, seq, blocks, tails)
 
     def _divide(self, traced: checks.Traced) -> Gather:

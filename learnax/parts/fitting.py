@@ -72,7 +72,9 @@ class Fitting:
             return 0
         size, total = self.settings.batch_size, 0
         for name, count in self.sizes.items():
-            block = tree_bytes(draft.batches(draft.room(name), size, split=name))
+            if name == "train" and draft.gathers:
+                continue  # a program is given all of them
+            block = tree_bytes(draft.block(name))
             whole = block * -(-count // (size * draft.room(name)))
             kept = name in self.kept and whole <= RESIDENT_BYTES
             total += whole - block if kept else block  # else one more is on its way

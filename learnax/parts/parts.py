@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from learnax.checkpoint import Checkpointer
 from learnax.checks import Settings
 from learnax.cluster.processes import processes_of
 from learnax.cluster.stops import Stops
-from learnax.data import Loader, Repeated, tell_of_generators
+from learnax.data import Feed, Flow, Gathered, Loader, Order, Repeated, Split, Stream, tell_of_generators
 from learnax.engine import BATCHES, SAME, Engine
 from learnax.engine.accounts import ledger_of
 from learnax.engine.cache import use_cache
@@ -44,6 +46,7 @@ from learnax.step import evaluated
 from learnax.utils import PyTree
 from learnax.utils.names import expanded
 
+_matters = itertools.count()  # of this process: all processes make the same calls in the same order
 NAME = "trainer"
 """The folder of a run without an id, in its registry."""
 
@@ -113,7 +116,9 @@ class Parts:
                 sink.check()
         self.log = self._log()
         self.checkpointer = self._checkpointer()
-        self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer)
+        train = self.loaders["train"]
+        flow = train if isinstance(train, Flow) else None
+        self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer, flow)
         self.weights = Weights(settings, self.engine, self.programs, self.progress, self.checkpointer)
         self.hooks = self._hooks(traced)
         self.validation = Validation(settings, self.loaders, self.engine, self.programs, self.phases, self.stops)
@@ -146,7 +151,7 @@ class Parts:
         """
         self.compile()
         engine, progress = self.engine, self.progress
-        batches, steps = self.settings.accumulate_steps, self.settings.epoch_steps
+        batches, steps = self.settings.accumulate_steps, self.settings.epoch_steps or 0
         flight = Flight(engine, self.programs, self.plan, self.loaders, batches, steps)
         # A step reuses the state's buffers, so a copy is kept. It is on the host, which has room for one where a device
         # may not; but on the devices where the state is divided over several processes and no host has all of it.
@@ -186,44 +191,94 @@ class Parts:
         """Data of each split."""
         return {name: loader.size for name, loader in self.loaders.items()}
 
+    def order(self, epoch: int) -> Order | range:
+        """The indices of the training data in the order of an epoch."""
+        if isinstance(self.settings.train_dataset, Stream):
+            raise TypeError("a stream's data have no indices: their order is that in which they come")
+        size = len(self.settings.train_dataset)
+        return Order(size, self.settings.seed, epoch) if self.settings.shuffle else range(size)
+
     def loader(
-        self, name: str, dataset: Any, put: Callable[[PyTree], PyTree], *, room: int, group: int = 1, budget: int = 0
-    ) -> Loader:
-        """A dataset as batches, read as those of the run are; see `learnax.data.Loader`."""
+        self, name: str, dataset: Any, put: Callable[[PyTree], PyTree], *, room: int, **more: Any
+    ) -> Loader | Flow:
+        """A dataset as batches, read as those of the run are; `more` is for `learnax.data.Loader`, or its `Flow`."""
         settings = self.settings
-        rows = settings.batch_size // len(self.engine.devices)
-        first, last = self.engine.share
+        if isinstance(dataset, Feed):
+            return Flow(
+                dataset,
+                settings.batch_size,
+                share=self._share,
+                room=room,
+                put=put,
+                heed=self.stops.heed,
+                agree=self._exchange if self.processes.count > 1 else None,
+                index=self.processes.index,
+                **more,
+            )
         return Loader(
             name,
             dataset,
             settings.batch_size,
-            tail=name != "train",
             num_workers=0 if settings.single else settings.num_workers,
-            share=(first * rows, last * rows),
-            group=group,
+            share=self._share,
             room=room,
-            budget=budget,
             put=put,
             heed=self.stops.heed,
+            **more,
         )
 
-    def _loader(self, name: str, dataset: Any) -> Loader | Repeated:
-        settings = self.settings
-        put = functools.partial(self.engine.put, spec=BATCHES)
-        group = settings.accumulate_steps if name == "train" else 1
-        loader = self.loader(name, dataset, put, room=self.draft.room(name), group=group, budget=RESIDENT_BYTES)
+    @property
+    def _share(self) -> tuple[int, int]:
+        """The rows of each batch that this process reads."""
+        rows = self.settings.batch_size // len(self.engine.devices)
+        first, last = self.engine.share
+        return first * rows, last * rows
+
+    def _loader(self, name: str, dataset: Any) -> Split:
+        settings, train = self.settings, name == "train"
+        if train and self.draft.gathers:
+            return Gathered(
+                name,
+                dataset,
+                settings.batch_size,
+                group=settings.accumulate_steps,
+                seed=settings.seed,
+                put=functools.partial(self.engine.put, spec=SAME),
+                lies=self.draft.lies,
+                heed=self.stops.heed,
+            )
+        how: dict[str, Any] = {
+            "room": self.draft.room(name),
+            "most": None if train else settings.val_steps,
+            "tail": not train,
+            "group": settings.accumulate_steps if train else 1,
+        }
+        if not isinstance(dataset, Feed):
+            seed = settings.seed if train and settings.shuffle else None
+            how |= {"budget": RESIDENT_BYTES, "seed": seed, "told": train}
+        loader = self.loader(name, dataset, self._put_batches, **how)
         if settings.single:
+            assert settings.epoch_steps is not None  # that of a single batch
             length = settings.epoch_steps * settings.accumulate_steps
-            return Repeated(loader, length, datum=settings.single_datum, put=put)
+            return Repeated(loader, length, datum=settings.single_datum, put=self._put_batches)
         tell_of_generators(name, dataset)
         return loader
+
+    def _put_batches(self, tree: PyTree) -> PyTree:
+        return self.engine.put(tree, BATCHES)
+
+    def _exchange(self, text: str) -> list[str]:
+        """Each process's text, in their order."""
+        matter = f"batches of this process's own, {next(_matters)}"
+        told: list[str] = json.loads(self.processes.settle(matter, text, json.dumps))
+        return told
 
     def _log(self) -> Log:
         settings = self.settings
         return Log(
             settings.run,
             self.engine.in_flight,
-            settings.num_epochs * settings.epoch_steps,
+            settings.total_steps,
             self.phases,
             self.processes,
             settings.batch_size * settings.accumulate_steps,

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from learnax import checks
 from learnax.checkpoint import Checkpointer
 from learnax.checks.settings import Settings
+from learnax.data import Flow
 from learnax.engine import SAME, Engine
 from learnax.engine.programs import Programs
 from learnax.log import Log
@@ -35,11 +37,15 @@ class Position:
         epoch: the epoch that runs, from 0.
         batch: training batches of it that were trained on.
         marks: length of each metric's history when the epoch began.
+        steps: training steps of all epochs, those included whose update was dropped.
+        validated: the step of the last validation that came amid an epoch; None where there was none.
     """
 
     epoch: int = 0
     batch: int = 0
     marks: dict[str, int] = dataclasses.field(default_factory=dict)
+    steps: int = 0
+    validated: int | None = None
 
 
 class Origin:
@@ -135,6 +141,7 @@ class Progress:
         programs: pack the state.
         log: has the step, and the metrics.
         checkpointer: has what a run goes on from; or None.
+        flow: the stream of the training data; None where they have numbers.
 
     Attributes:
         position: the place in the data.
@@ -149,7 +156,9 @@ class Progress:
         programs: Programs,
         log: Log,
         checkpointer: Checkpointer | None,
+        flow: Flow | None = None,
     ):
+        self._flow = flow
         self._settings = settings
         self._programs = programs
         self._origin = origin
@@ -215,10 +224,40 @@ class Progress:
         """Takes over what a dispatch has made of the state, from so many batches."""
         self._live, self._seq_data, self._seen = live, seq_data, None
         self.position.batch += batches
+        self.position.steps += batches // self._settings.accumulate_steps
 
     def begin_epoch(self, epoch: int) -> None:
         """Stands at the beginning of an epoch."""
-        self.position = Position(epoch, 0, self._log.lengths())
+        steps = self.position.steps
+        if epoch != self.position.epoch + 1:
+            steps = epoch * (self._settings.epoch_steps or 0)
+        self.position = Position(epoch, 0, self._log.lengths(), steps, self.position.validated)
+
+    def validated(self, seq: jax.Array) -> None:
+        """Stands after a validation amid an epoch; `seq` is the random sequence after it."""
+        self.seq = seq
+        self.position.validated = self._log.step
+
+    @property
+    def left(self) -> float:
+        """Training steps that the run has left, where its length is given in steps; else infinity."""
+        steps = self._settings.num_steps
+        return math.inf if steps is None else steps - self.position.steps
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the epoch was trained on."""
+        steps = self._settings.epoch_steps
+        return steps is not None and self.position.batch >= steps * self._settings.accumulate_steps
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run is at its end, and its last state was validated."""
+        if self.position.epoch >= self._settings.epochs:
+            return True
+        if self.left > 0 or self.is_whole:
+            return False
+        return self.position.batch == 0 or self.position.validated == self._log.step
 
     def end_epoch(self, epoch: int, seq: jax.Array) -> None:
         """Stands after an epoch; `seq` is the random sequence after its validation."""
@@ -248,7 +287,7 @@ class Progress:
         if state is not None:
             self.state = state
             self._log.step = int(as_train_state(state).step)
-            self.begin_epoch(0)
+            self.position = Position(marks=self._log.lengths())
         if self._live is None and not self._load():
             state, seq = self._origin.begin()
             self._take(state, ours=self._origin.makes_all)
@@ -258,10 +297,16 @@ class Progress:
         """What a checkpoint holds beside the state, for a run to go on as if it had not stopped."""
         return {
             "rng": np.asarray(jax.random.key_data(self.seq)),
-            "position": dataclasses.asdict(self.position),
+            "position": dataclasses.asdict(self.position) | self._stream(),
             "history": self._log.metrics,
             "script": self._settings.script(),
         }
+
+    def _stream(self) -> dict[str, Any]:
+        """Where a stream of training data stands."""
+        if self._flow is None:
+            return {}
+        return {"stream": self._flow.state(self.position.epoch, self.position.batch)}
 
     def _load(self) -> bool:
         """Takes over the checkpoint that `load_checkpoint` asks for; False where there is none to take."""
@@ -302,7 +347,14 @@ class Progress:
         self._log.resume(step, resume["history"] if resume else {})
         if resume:
             checks.check_same_script(step, resume.get("script"), self._settings.script())
-            self.position = Position(**resume["position"])
+            names = {field.name for field in dataclasses.fields(Position)}
+            self.position = Position(**{name: at for name, at in resume["position"].items() if name in names})
+            if "steps" not in resume["position"]:  # of an older version
+                position, settings = self.position, self._settings
+                before = position.epoch * (settings.epoch_steps or 0)
+                position.steps = before + position.batch // settings.accumulate_steps
+            if self._flow is not None:
+                self._flow.go_on(resume["position"].get("stream"), self.position.epoch, self.position.batch)
             self.seq = self._engine.put(jax.random.wrap_key_data(jnp.asarray(resume["rng"])), SAME)
 
     def _tell_kept(self, opt_state: PyTree) -> None:

@@ -19,6 +19,7 @@ from learnax.models import Model
 from learnax.step.keys import split_in_two
 from learnax.step.optimizers import LearningRate
 from learnax.utils import PyTree
+from learnax.utils.permutation import Shuffled
 
 AXIS = "devices"
 
@@ -83,6 +84,14 @@ def batch_of(batches: PyTree, index: Any) -> PyTree:
         return jax.lax.dynamic_index_in_dim(leaf, index % leaf.shape[0], keepdims=False)
 
     return jax.tree.map(take, batches)
+
+
+def share_of(recipe: Recipe, batches: PyTree, index: Any) -> PyTree:
+    """This device's share of one of n batches, or of a batch that is gathered in the order of an epoch."""
+    if not isinstance(batches, Shuffled):
+        return batch_of(batches, index)
+    share = recipe.batch_size // recipe.shards
+    return batches.batch(index * recipe.batch_size + shard_index(recipe) * share, share)
 
 
 def next_keys(seq: jax.Array, count: Any, room: int) -> tuple[jax.Array, jax.Array]:

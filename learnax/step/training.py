@@ -16,7 +16,7 @@ from learnax.step.many import many
 from learnax.step.packed import Packed
 from learnax.step.packing import Packing
 from learnax.step.patterns import split
-from learnax.step.recipe import Recipe, batch_of, keys_of, next_keys, sum_over_devices, wide
+from learnax.step.recipe import Recipe, keys_of, next_keys, share_of, sum_over_devices, wide
 from learnax.step.scalars import Names, Scalars
 from learnax.step.scaling import followed, inner
 from learnax.step.state import TrainState
@@ -68,7 +68,7 @@ def train(
         with_outputs: whether the outputs are given, or None; of several batches, those of the last.
         state: the state before.
         keys: a key for each of `accumulate` batches, and maybe more behind them.
-        batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`.
+        batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`; or `Shuffled` data.
         index: the step's batch (the first of `accumulate`) among the n; beyond the last it goes on at the first.
 
     Returns:
@@ -76,7 +76,7 @@ def train(
     """
 
     def take(number: Any) -> tuple[jax.Array, PyTree]:
-        batch = batch_of(batches, index + number)
+        batch = share_of(recipe, batches, index + number)
         return keys_of(recipe, keys[number]), batch
 
     state, scalars, outputs = _step(recipe, packing, with_outputs, state, take)
@@ -190,7 +190,7 @@ def train_many(
         with_outputs: whether the outputs of the last step are given, or None.
         live: the state before; packed where `packs` says so.
         seq: the numbers of the run's random sequence.
-        batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`.
+        batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`; or `Shuffled` data.
         start: the first step's batch among the n.
         count: steps, 1 to `room`.
 
