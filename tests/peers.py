@@ -30,6 +30,7 @@ from flax import nnx
 from jax._src import xla_bridge
 
 from learnax.checkpoint import files, pieces
+from learnax.data import Batches, Stream
 from learnax.loss import LossPipe
 from learnax.metrics import Max, Mean
 from learnax.models import NNX, Linen
@@ -264,6 +265,40 @@ def sinks():
     return {"run": [JsonLines(f"{folder}/a.jsonl"), TensorBoard(f"{folder}/tb"), Report(f"{folder}/report")]}
 
 
+class Told:
+    """A stream that tells where it stands."""
+
+    def __init__(self, data):
+        self._data, self._at = data, 0
+
+    def state_dict(self):
+        return {"at": self._at}
+
+    def load_state_dict(self, state):
+        self._at = state["at"]
+
+    def __iter__(self):
+        while self._at < len(self._data):
+            self._at += 1
+            yield self._data[self._at - 1]
+        self._at = 0
+
+
+def stacked(data, size=8):
+    return [
+        [np.stack([datum[place] for datum in data[start : start + size]]) for place in (0, 1)]
+        for start in range(0, len(data), size)
+    ]
+
+
+def own_batches(count):
+    """Of a list's batches, this process's rows, in so many batches."""
+    share = 8 // jax.process_count()
+    rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    batches = [[leaf[rows] for leaf in batch] for batch in stacked(make_data(43))[:count]]
+    return Batches(Told(batches), per_process=True)
+
+
 class Normed(nn.Module):
     """Its statistics are those of all devices, of all processes."""
 
@@ -432,6 +467,8 @@ def resumed(results):
     width = options.pop("width", 16)
     registry = Registry("tests", options.pop("registry"))
     data = {"train_dataset": make_data(43), "val_datasets": [make_data(TAIL, 1)], "model": MLP(width)}
+    if kind := options.pop("kind", None):
+        data["train_dataset"] = {"streamed": lambda: Stream(Told(make_data(43))), "own": lambda: own_batches(5)}[kind]()
     if options.pop("noise", False):
         data["optimizer"] = noisy()
     results["parts read"] = []
@@ -502,7 +539,17 @@ def inferred(results):
         raise
 
 
-ALL = (train_all, misuse, fails_before, fails_while, resumed, named_runs, inferred)
+def unequal_batches(results):
+    """The second process has a batch less than the first."""
+    trainer = make_trainer(devices=None, train_dataset=own_batches(5 - jax.process_index()), steps_per_execution=2)
+    try:
+        trainer.train()
+    except ValueError as error:
+        results["error"] = str(error)
+        raise
+
+
+ALL = (unequal_batches, train_all, misuse, fails_before, fails_while, resumed, named_runs, inferred)
 SCENARIOS = {function.__name__: function for function in ALL}
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ def test_whole_arrays_in_place_of_data(dataset):
     assert text == (
         "dataset 'train' has 2 data, fewer than one batch of 8: every batch would be skipped.\n"
         f"These are 2, since each item of the {kind} is one datum, float32[16, 8], float32[16, 3].\n"
-        "If they hold all the data, 16 rows each, make a list of data of them:\n"
-        "  [[x, y] for x, y in zip(X, y)]\n"
+        "If they hold all the data, 16 rows each, write\n"
+        "  learnax.data.arrays(X, y)\n"
         "If not, use batch_size <= 2"
     )
     text = text_of(ValueError, val_datasets={"far": dataset})
     assert text.startswith(f"dataset 'far' has 2 data: each item of the {kind} is one datum, float32[16, 8], ")
-    assert text.endswith("  [[x, y] for x, y in zip(X, y)]")
+    assert text.endswith("  learnax.data.arrays(X, y)")
 
 
 def test_whole_arrays_are_told_even_where_they_make_a_batch():
@@ -56,14 +56,11 @@ def test_few_data_of_one_shape_are_a_dataset():
 def test_a_dict_of_whole_arrays_in_place_of_data():
     text = text_of(TypeError, train_dataset={"image": X, "label": Y})
     assert text == (
-        "dataset 'train' must be a list of data, but is a dict of 'image', 'label', which hold all the data at once. "
-        "Make a dict of each datum:\n"
-        "  [{\"image\": i, \"label\": l} for i, l in zip(data['image'], data['label'])]\n"
-        "model and losses see one of them at a time"
+        "dataset 'train' must be a list of data, but is a dict of 'image', 'label', which hold all the data at once: "
+        "learnax.data.arrays(...) around it makes a dict of each datum, and model and losses see one of them at a time"
     )
     text = text_of(TypeError, val_datasets={"far": {"xs": X, "xt": Y.tolist()}})
     assert "dataset 'far' must be a list of data" in text
-    assert "[{\"xs\": v0, \"xt\": v1} for v0, v1 in zip(data['xs'], data['xt'])]" in text
     text = text_of(TypeError, train_dataset={"train": make_data(8), "test": object()})
     assert text.endswith("but is a dict of 'train', 'test'; a list of dicts is one, a datum each")
     # Numbered from 0 it is read as a list is.
@@ -137,7 +134,7 @@ def test_validation_data_in_place_of_validation_sets():
     assert text_of(TypeError, val_datasets=zip(X, Y, strict=True)).startswith(f"{wanted}zip; write val_datasets=")
     text = text_of(TypeError, val_datasets=(X, Y))
     assert text.startswith(f"{wanted}arrays:\neach item of the tuple is one datum, float32[16, 8], float32[16, 3].")
-    assert text.endswith('  [[x, y] for x, y in zip(X, y)]\nand write val_datasets={"val": data} for it')
+    assert text.endswith('  learnax.data.arrays(X, y)\nand write val_datasets={"val": data} for it')
 
 
 def test_validation_sets_are_told_from_data_without_reading_them_whole():

@@ -122,12 +122,32 @@ def test_validation_counts_each_datum_of_a_stream_once(of_list):
 
 
 @pytest.mark.parametrize("source", ["grain", "batches"])
-def test_streams_are_spread_over_devices(source):
+def test_streams_are_spread_over_devices_and_go_on_there(source):
     options = {"devices": jax.devices()[:4], "accumulate_steps": 2}
-    trainer, other = make(source, **options), make(DATA, **options)
-    trainer.train()
+    other = make(DATA, **options)
     other.train()
+    trainer = make(source, registry="r", save_every=3, **options)
+    trainer.loop.session.save_stopped = lambda why: None
+    trainer.hooks.saves.append(StopAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    dataset = SOURCES[source]()
+    dataset.resume = None if source == "grain" else "replay"
+    trainer = make(dataset, registry="r", load_checkpoint=True, **options)
+    trainer.train()
     same_run(trainer, other)
+
+
+@pytest.mark.processes
+def test_a_stream_that_grain_reads_in_processes_goes_on_where_it_stood(of_list):
+    def read():
+        return Stream(of_grain().mp_prefetch(grain.MultiprocessingOptions(num_workers=2)))
+
+    make(read(), registry="r", num_epochs=None, num_steps=7).train()
+    trainer = make(read(), registry="r", load_checkpoint=True)
+    trainer.train()
+    assert trainer.metrics["train/loss"] == of_list.metrics["train/loss"]
+    assert_trees_equal(trainer.train_state, of_list.train_state)
 
 
 def test_a_stream_without_epochs_is_trained_on_for_so_many_steps(of_list):

@@ -87,6 +87,19 @@ def test_a_peer_that_is_killed_ends_the_others_and_the_next_start_ends_with_the_
         assert peer.results["metrics"] == other.results["metrics"]
 
 
+@pytest.mark.parametrize("kind", ["streamed", "own"])
+def test_streams_of_processes_go_on_where_each_stood(kind, tmp_path):
+    options = {"num_epochs": None, "kind": kind, "save_every": 3, "steps_per_execution": 1}
+    run(tmp_path, "stopped", 2, 1, num_steps=7, **options)
+    resumed = run(tmp_path, "resumed", 2, 1, num_steps=13, **options)
+    assert [peer.results["begins"] for peer in resumed] == [7, 7]
+    alone = make_trainer(num_epochs=None, num_steps=13, devices=jax.devices()[:2])
+    alone.train()
+    for peer in resumed:
+        np.testing.assert_allclose(peer.results["metrics"]["train/loss"], alone.metrics["train/loss"], rtol=1e-5)
+        assert_trees_close(peer.results["state"].params, alone.train_state.params)
+
+
 @pytest.mark.parametrize(("what", "who"), [("raise", 1), ("leave", 0)])
 def test_a_peer_that_fails_ends_the_others_who_say_why(what, who, tmp_path):
     ended = run(

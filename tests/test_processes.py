@@ -41,6 +41,7 @@ def several(request, tmp_path_factory):
         folder,
         request.param,
         4 // request.param,
+        seconds=120,
         # One of them shows a progress bar.
         env={"TQDM_DISABLE": None, "PEERS": ",".join(LAYOUTS[request.param]), "PEERS_FILES": str(folder / "files")},
     )
@@ -148,6 +149,14 @@ def test_what_stays_on_the_devices_is_of_their_own_rows(one, several):
                     rows += range(BATCH)[part[1]]
             assert len(set(devices)) == 4
             assert rows == list(range(BATCH))
+
+
+def test_unequal_numbers_of_batches_are_an_error_on_all_processes(tmp_path):
+    for peer in peers.together("unequal_batches", tmp_path, 2, seconds=60, codes=(1,)):
+        assert peer.results["error"] == (
+            "dataset 'train': the processes have unequal numbers of batches by now: 5 on process 0, 4 on process 1; "
+            "with per_process=True all of them must yield as many"
+        )
 
 
 # ---- one voice

@@ -61,6 +61,7 @@ def main(folder, options):
     from learnax.checkpoint import files
     from learnax.checkpoint.folder import Folder
     from learnax.checkpoint.history import History
+    from learnax.data import Stream
     from learnax.hooks import Validation
     from learnax.loop import Loop
     from learnax.loss import LossPipe
@@ -156,6 +157,11 @@ def main(folder, options):
     }
     data = make_data(options.get("size", 96))
     seconds = options.get("seconds", 0.0)
+    dataset = Slow(data, seconds) if seconds else data
+    if options.get("stream"):
+        import grain
+
+        dataset = Stream(grain.MapDataset.source(dataset).shuffle(seed=1).to_iter_dataset())
     models = {
         None: lambda: (Net(), LossPipe([Squared()])),
         "nnx": lambda: (NNX(OfNNX(nnx.Rngs(0)), batched=True, precision="fp16"), weighted),
@@ -166,7 +172,7 @@ def main(folder, options):
         1e-2,
         losses,
         seed=0,
-        train_dataset=Slow(data, seconds) if seconds else data,
+        train_dataset=dataset,
         val_datasets={"val": Slow(make_data(21, seed=1), seconds)},
         batch_size=8,
         registry="victims",

@@ -194,27 +194,10 @@ def _mapping_text(name: str, dataset: Mapping[Any, Any]) -> str:
     text = f"dataset {name!r} must be a list of data, but is a {type(dataset).__name__} of {listed}"
     if not columns:
         return f"{text}; a list of dicts is one, a datum each"
-    short_names = _variables(names)
-    datum = ", ".join(f'"{name}": {short_name}' for name, short_name in zip(names, short_names, strict=True))
     return (
-        f"{text}, which hold all the data at once. Make a dict of each datum:\n"
-        f"  [{{{datum}}} for {_zipped(short_names, [f'data[{name!r}]' for name in names])}]\n"
-        f"model and losses see one of them at a time"
+        f"{text}, which hold all the data at once: learnax.data.arrays(...) around it makes a dict of each datum, and "
+        "model and losses see one of them at a time"
     )
-
-
-def _variables(names: Sequence[str]) -> list[str]:
-    """Names of variables for what stands under some names: their first letters, where these differ."""
-    letters = [name[:1].lower() for name in names]
-    if len(set(letters)) == len(letters) and all(letter.isidentifier() for letter in letters):
-        return letters
-    return [f"v{place}" for place in range(len(names))]
-
-
-def _zipped(variables: Sequence[str], columns: Sequence[str]) -> str:
-    if len(columns) == 1:
-        return f"{variables[0]} in {columns[0]}"
-    return f"{', '.join(variables)} in zip({', '.join(columns)})"
 
 
 def _whole_arrays(dataset: Any) -> bool:
@@ -228,13 +211,12 @@ def _whole_arrays(dataset: Any) -> bool:
 
 
 def _whole_text(dataset: Sequence[Any]) -> str:
-    variables = ["x", "y", "z", "w"][: len(dataset)] if len(dataset) <= 4 else [f"v{i}" for i in range(len(dataset))]
     columns = ["X", "y", "z", "w"][: len(dataset)] if len(dataset) <= 4 else [f"V{i}" for i in range(len(dataset))]
     shown = ", ".join(f"{array.dtype}{list(array.shape)}" for array in dataset[:4])
     return (
         f"each item of the {type(dataset).__name__} is one datum, {shown}.\nIf they hold all the data, "
-        f"{len(dataset[0])} rows each, make a list of data of them:\n"
-        f"  [[{', '.join(variables)}] for {_zipped(variables, columns)}]"
+        f"{len(dataset[0])} rows each, write\n"
+        f"  learnax.data.arrays({', '.join(columns)})"
     )
 
 

@@ -21,6 +21,8 @@ from learnax.data.loader import (
     first_datum as first_datum,
     stays as stays,
 )
+from learnax.data.arrays import Arrays as Arrays
+from learnax.data.arrays import arrays as arrays
 from learnax.data.flow import Flow as Flow
 from learnax.data.order import Order as Order
 from learnax.data.streams import (

@@ -12,7 +12,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+<<<<<<< HEAD
 from learnax.data.at_once import SLICED, stacked_at_once
+=======
+from learnax.data.arrays import Arrays
+>>>>>>> data16
 from learnax.data.batch import Block, ShuffledBlock, copied, signature_of, stack_batches, stack_on_host
 from learnax.data.flow import Flow
 from learnax.data.order import Order
@@ -132,7 +136,7 @@ class Loader:
 
             self._reader = Workers(name, dataset, self._ranges, self._collate, num_workers, self._heed, told=told)
         # In an order of its own, each epoch has other blocks.
-        self._budget = budget if type(dataset) in (list, tuple) and seed is None else 0
+        self._budget = budget if is_list(dataset) and seed is None else 0
         self._resident: list[Block] = []
 
     def __len__(self) -> int:
@@ -388,9 +392,14 @@ class Gathered:
         """Nothing to end: the list was read once."""
 
 
+def is_list(dataset: Any) -> bool:
+    """Whether all data are in this process's memory as they are: a list or tuple, or whole arrays."""
+    return type(dataset) in (list, tuple) or (isinstance(dataset, Arrays) and dataset.in_memory)
+
+
 def stays(dataset: Any, first: FirstDatum, budget: int) -> bool:
     """Whether a dataset is a list that fits a budget of so many bytes, if its data are all like the first."""
-    return type(dataset) in (list, tuple) and len(dataset) * tree_bytes(first.arguments) <= budget
+    return is_list(dataset) and len(dataset) * tree_bytes(first.arguments) <= budget
 
 
 class FirstDatum(NamedTuple):
