@@ -12,11 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-<<<<<<< HEAD
-from learnax.data.at_once import SLICED, stacked_at_once
-=======
 from learnax.data.arrays import Arrays
->>>>>>> data16
+from learnax.data.at_once import SLICED, stacked_at_once
 from learnax.data.batch import Block, ShuffledBlock, copied, signature_of, stack_batches, stack_on_host
 from learnax.data.flow import Flow
 from learnax.data.order import Order
