@@ -15,6 +15,7 @@ import pytest
 
 from bench import predict as bench_predict
 from learnax.checkpoint import Checkpointer
+from learnax.data import Batches, Stream
 from learnax.loss import LossPipe
 from learnax.metrics import Max, Mean
 from learnax.models import Functions, Linen
@@ -466,7 +467,7 @@ def test_what_is_no_dataset_is_an_error_before_anything_is_read():
             call(datum for datum in HELD_OUT)
         with pytest.raises(TypeError, match=f"dataset '{name}' must be a list of data, but is a dict of 'x'"):
             call({"x": np.zeros((19, 8))})
-        with pytest.raises(ValueError, match=f"dataset '{name}' has 2 data: .*(?s:.*)make a list of data of them"):
+        with pytest.raises(ValueError, match=f"dataset '{name}' has 2 data: .*(?s:.*)learnax.data.arrays"):
             call((np.zeros((19, 8)), np.zeros((19, 3))))
         with pytest.raises(RuntimeError, match=f"dataset '{name}' raised at index 0: KeyError"):
             call(Streamed({1: 2}))
@@ -581,3 +582,15 @@ def test_the_readme_shows_it():
     assert names["scores"] == validated(trainer)
     assert names["at_best"] == names["scores"]  # of one epoch
     assert names["outputs"].shape == (19, 3)
+
+
+def test_streams_and_batches_are_evaluated_and_predicted_on_as_lists_are():
+    data = make_data(21)
+    trainer = make_trainer(train_dataset=make_data(16), num_epochs=1)
+    trainer.train()
+    batches = [[np.stack([datum[place] for datum in data[i : i + 8]]) for place in (0, 1)] for i in range(0, 21, 8)]
+    expected = trainer.predict(data, stacked=True)
+    for given in (Stream(lambda: iter(data)), Batches(lambda: iter(batches))):
+        assert trainer.evaluate(given) == trainer.evaluate(data)
+        np.testing.assert_array_equal(trainer.predict(given, stacked=True), expected)
+        np.testing.assert_array_equal(np.stack(list(trainer.predict(given))), expected)
