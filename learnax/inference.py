@@ -142,7 +142,7 @@ class Inference:
     def _blocks(self, given: _Pass) -> Iterator[Iterator[Block]]:
         """One pass over the data; where this process fails in it, the others are told."""
         processes = self._parts.processes
-        bar = progress_bar(given.loader.size or None, shown=processes.first, unit="data", what=given.what)
+        bar = progress_bar(given.loader.size or None, shown=processes.first, what=given.what)
         with processes.watching(), contextlib.closing(given.loader), contextlib.closing(bar):
             try:
                 yield self._read(given, bar)
@@ -163,7 +163,8 @@ class Inference:
             self._fitting(given.what, f"{given.what}, from datum {done} on", datum, given.state)
             yield block
             done += block.size
-            bar.update(block.size)
+            bar.advance(block.size)
+            bar.tell([])
 
     def _taken(self, what: str, arguments: list[Any]) -> list[Any]:
         """What of a datum's parts, or of batches of them, is wanted: labels are of no use to the model alone."""

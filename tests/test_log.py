@@ -1,7 +1,13 @@
 """Metrics: what is kept, what goes to the run, what the bar shows."""
 
+import contextlib
 import logging
+import os
+import pty
 import re
+import subprocess
+import sys
+import termios
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -11,11 +17,11 @@ import numpy as np
 import pytest
 
 from learnax.cluster.processes import OneProcess
-from learnax.log import Log, Means, in_notebook
+from learnax.log import Log, Means, in_notebook, progress_bar
 from learnax.log.pace import Pace
 from learnax.profiling.phases import Phases
 from learnax.step import Part, Scalars
-from tests.helpers import MemoryRun, make_data, make_trainer, run_script
+from tests.helpers import ROOT, MemoryRun, make_data, make_trainer, run_script
 
 STEP = ["loss", "rmse", "gradient norm", "update_time", "has_nan", "nan_data", "learning_rate"]
 
@@ -182,20 +188,66 @@ def test_many_dropped_updates_are_not_told_one_by_one(caplog):
 
 
 BAR = """
+import logging
 from tests.helpers import make_trainer
 trainer = make_trainer()
 trainer.epoch(0)
-trainer.train()
+logging.getLogger("elsewhere").warning("between two calls")
+def plot(run, outputs, batch):
+    logging.getLogger("elsewhere").warning("said in a plot")
+make_trainer(plot_pipe=plot, plot_every=3).train()
 """
 
 
+def in_terminal(columns, tmp_path):
+    """What a terminal shows of `BAR`, line by line, with what was drawn over left out."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, columns))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    for name in ("TQDM_DISABLE", "COLUMNS"):
+        env.pop(name, None)
+    process = subprocess.Popen([sys.executable, "-c", BAR], cwd=tmp_path, env=env, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(master, 4096):
+            shown += part
+    assert process.wait() == 0, shown.decode()
+    return [line.split("\r") for line in shown.decode().replace("\r\n", "\n").split("\n")]
+
+
 @pytest.mark.processes
-def test_the_bar_shows_the_epoch_loss_speed_and_share_of_waiting(tmp_path):
+@pytest.mark.parametrize("columns", [80, 200])
+def test_a_terminal_shows_one_bar_that_fits_and_that_nothing_breaks(columns, tmp_path):
+    lines = in_terminal(columns, tmp_path)
+    assert [part for line in lines for part in line if "|" in part and len(part) > columns] == []
+    (last,) = [line[-1] for line in lines if " 10/10, " in line[-1]]
+    wanted = ["loss", "steps/s", "data"] + (["items/s", "rate"] if columns == 200 else [])
+    assert re.search(r"^epoch 2/2: 100%\|.+\| 10/10, ", last), last
+    assert [name for name in wanted if name not in last] == [], last
+    said = [line[-1].strip() for line in lines if "said in a plot" in line[-1]]
+    assert said == ["said in a plot"] * 3
+
+
+@pytest.mark.processes
+def test_a_file_gets_a_line_at_the_end_of_a_run_and_one_a_minute(tmp_path):
     shown = run_script(BAR, tmp_path, env={"TQDM_DISABLE": None}).stderr.splitlines()
-    for epoch, done in (("epoch 1/2:  50%", " 5/10 "), ("epoch 2/2: 100%", " 10/10 ")):
-        last = [line for line in shown if epoch in line][-1]
-        assert done in last
-        assert re.search(r", loss=[\d.]+, steps/s=[\d.]+, data=\d+%", last), last
+    lines = [line for line in shown if line.startswith("epoch ")]
+    assert [line.partition(", ")[0] for line in lines] == ["epoch 1/2: 5/10 (50%)", "epoch 2/2: 10/10 (100%)"]
+    assert re.search(r", loss [\d.]+, [\d.]+ steps/s, data \d+%, [\d.]+k? items/s, rate [\d.]+", lines[0]), lines
+    assert not [line for line in shown if "\r" in line]
+
+
+def test_a_line_is_written_a_minute_after_the_last_one(monkeypatch, capsys):
+    monkeypatch.setattr("learnax.log.bar._LINE_S", 0.0)
+    monkeypatch.delenv("TQDM_DISABLE")
+    lines = progress_bar(100, 20, shown=True, what="epoch 1/2")
+    lines.advance(40)
+    lines.tell(["loss 1"])
+    lines.close()
+    written = capsys.readouterr().err.splitlines()
+    assert len(written) == 2
+    assert re.fullmatch(r"epoch 1/2: 60/100 \(60%\), loss 1, [\d:]+ left", written[0])
 
 
 def test_this_is_no_notebook():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 
@@ -14,7 +15,7 @@ from learnax.data import Split
 from learnax.engine import SAME, Engine
 from learnax.engine.programs import Programs
 from learnax.hooks.hook import Every, Moment
-from learnax.log import Means
+from learnax.log import Means, progress_bar
 from learnax.profiling.phases import Phases
 from learnax.step.state import TrainState
 
@@ -34,6 +35,7 @@ class Validation:
         programs: evaluate.
         phases: the run's clock.
         stops: may end the run between two dispatches.
+        shown: whether this process draws progress.
 
     Attributes:
         by_steps: when it is due amid an epoch.
@@ -47,6 +49,8 @@ class Validation:
         programs: Programs,
         phases: Phases,
         stops: Stops,
+        *,
+        shown: bool,
     ):
         self._settings = settings
         self._loaders = {name: loader for name, loader in loaders.items() if name != "train"}
@@ -54,6 +58,7 @@ class Validation:
         self._programs = programs
         self._phases = phases
         self._stops = stops
+        self._shown = shown
         self.by_steps = Every(settings.val_every_steps if self._loaders else None)
 
     def next_due(self, count: int) -> float:
@@ -111,10 +116,13 @@ class Validation:
         self, name: str, loader: Split, state: TrainState, seq: jax.Array
     ) -> tuple[dict[str, float], jax.Array]:
         means = Means(name, self._engine.in_flight)
-        with self._phases.validate:
+        bar = progress_bar(loader.size or None, shown=self._shown, what=f"validating {name}", passing=True)
+        with contextlib.closing(bar), self._phases.validate:
             for block in self._phases.waiting(self._phases.validate_data, loader.blocks()):
                 seq, sums = self._programs.evaluate(state, seq, block)
                 for scalars, count, size in sums:
                     means.push(scalars, count, size)
+                bar.advance(block.size)
+                bar.tell([])
                 self._stops.check()
             return means.result(), seq

@@ -4,10 +4,11 @@ The room may import the step's scalars, sinks, the clock and the processes of a 
 or hooks.
 """
 
+from learnax.log.bar import in_notebook as in_notebook
+from learnax.log.bar import progress_bar as progress_bar
+from learnax.log.bar import unbroken as unbroken
 from learnax.log.log import Log as Log
 from learnax.log.log import Means as Means
 from learnax.log.log import NoProgressError as NoProgressError
-from learnax.log.log import in_notebook as in_notebook
-from learnax.log.log import progress_bar as progress_bar
 from learnax.log.runs import named_run as named_run
 from learnax.log.runs import runs_of as runs_of

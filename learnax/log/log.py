@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from learnax.cluster.processes import Processes
+from learnax.log.bar import Bar, in_notebook, progress_bar, unbroken
 from learnax.log.norms import Norms
 from learnax.log.pace import Pace
 from learnax.log.runs import voice_of
@@ -42,16 +43,6 @@ _NAMED = 5
 
 class NoProgressError(RuntimeError):
     """So many updates in a row were dropped that the run comes to nothing: why is in the text."""
-
-
-def in_notebook() -> bool:
-    """Whether this runs in a Jupyter kernel, and not in a terminal or a script."""
-    if "IPython" not in sys.modules:  # a kernel has it; importing it for the question would take a start 0.1 s
-        return False
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    return shell is not None and shell.__class__.__name__ == "ZMQInteractiveShell"
 
 
 class _Steps(NamedTuple):
@@ -134,7 +125,7 @@ class Log:
         self._pending: deque[_Steps] = deque()
         self._done = 0
         self._on_their_way = 0
-        self._bar: Any = None
+        self._bar: Bar | None = None
         self._waited_before = self._began = self._last_push = self._last_read = self._last_look = 0.0
         self.rows = self._rows_before = self._dropped = self._dropped_before = self._in_a_row = 0
         self._batch_data = batch_data
@@ -168,13 +159,14 @@ class Log:
         """
         self._sender.begin(self._start(epoch))
         how = ""
-        self._bar = progress_bar(self._steps, done, shown=self._processes.first)
+        self._bar = bar = progress_bar(self._steps, done, shown=self._processes.first, what="training")
         self._began = self._last_read = time.perf_counter()
         self._waited_before, self._rows_before = self._phases.data.seconds, self.rows
         self._dropped_before = self._dropped
-        self._shown = not self._bar.disable
+        self._shown = bar.shown
         try:
-            yield
+            with unbroken(bar):
+                yield
         except BaseException as error:
             how = _what_ended(error)
             raise
@@ -185,7 +177,7 @@ class Log:
                 finally:
                     self._tell_session()
                     self._look()
-                    self._bar.close()
+                    bar.close()
                     self._bar = None
                     self._sender.close(how)
 
@@ -319,7 +311,7 @@ class Log:
         self._last_push = time.perf_counter()
         if self._bar is not None:
             of = "" if epochs == math.inf else f"/{epochs}"
-            self._bar.set_description(f"epoch {epoch + 1}{of}", refresh=False)
+            self._bar.describe(f"epoch {epoch + 1}{of}")
 
     def _keep_first(self, dispatches: int) -> None:
         while dispatches > 0:
@@ -391,7 +383,7 @@ class Log:
         self._keep(named)
         self._sender.send(rows.named(named), len(rows.steps))
         if self._bar is not None:
-            self._bar.update(len(rows.steps))
+            self._bar.advance(len(rows.steps))
             if time.perf_counter() - self._last_look > _REFRESH_S:
                 self._look()
 
@@ -412,14 +404,18 @@ class Log:
         return Start(self.step, rows, epoch, fresh, self)
 
     def _look(self) -> None:
-        """Puts loss, speed and the share of time spent waiting for data on the bar."""
+        """Shows loss, speed, the share of time spent waiting for data, and the rate."""
         self._last_look = time.perf_counter()
+        if self._bar is None:
+            return
         elapsed = max(self._last_look - self._began, 1e-9)
-        losses = self.metrics.get("train/loss")
-        shown = {"loss": f"{losses[-1]:.4g}"} if losses else {}
-        shown["steps/s"] = f"{(self.rows - self._rows_before) / elapsed:.4g}"
-        shown["data"] = f"{(self._phases.data.seconds - self._waited_before) / elapsed:.0%}"
-        self._bar.set_postfix(shown)
+        steps = (self.rows - self._rows_before) / elapsed
+        waited = (self._phases.data.seconds - self._waited_before) / elapsed
+        facts = [f"{steps:.4g} steps/s", f"data {waited:.0%}", f"{_short(steps * self._batch_data)} items/s"]
+        losses, rates = (self.metrics.get(f"train/{name}") for name in ("loss", "learning_rate"))
+        facts[:0] = [f"loss {losses[-1]:.4g}"] if losses else []
+        facts += [f"rate {rates[-1]:.3g}"] if rates else []
+        self._bar.tell(facts)
 
     def _check_progress(self) -> None:
         """Raises where so many updates in a row were dropped that more of the same would be a waste.
@@ -567,28 +563,13 @@ def _what_ended(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ").partition("\n")[0][:300]
 
 
+def _short(number: float) -> str:
+    """A number in few characters: 980, 52.3k, 1.2M."""
+    for limit, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.3g}"
+
+
 def _full_name(name: str) -> str:
     return name if name.startswith("grads/") else f"train/{name}"
-
-
-def progress_bar(total: int | None, done: int = 0, *, shown: bool, unit: str = "step", what: str | None = None) -> Any:
-    """A bar of tqdm's, or of a notebook's.
-
-    Args:
-        total: of what is counted; None where nobody knows.
-        done: how many of them are done.
-        shown: whether anything is drawn.
-        unit: what is counted.
-        what: what is done.
-    """
-    options: dict[str, Any] = {"total": total, "initial": done, "unit": unit, "desc": what, "dynamic_ncols": True}
-    if not shown:
-        return tqdm(**options, disable=True)
-    if in_notebook():
-        from tqdm.notebook import tqdm as notebook_tqdm
-
-        try:
-            return notebook_tqdm(**options)
-        except ImportError:
-            _logger.warning("no ipywidgets in this notebook's environment: the progress bar is plain text")
-    return tqdm(**options)

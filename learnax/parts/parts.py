@@ -121,7 +121,9 @@ class Parts:
         self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer, flow)
         self.weights = Weights(settings, self.engine, self.programs, self.progress, self.checkpointer)
         self.hooks = self._hooks(traced)
-        self.validation = Validation(settings, self.loaders, self.engine, self.programs, self.phases, self.stops)
+        self.validation = Validation(
+            settings, self.loaders, self.engine, self.programs, self.phases, self.stops, shown=self.processes.first
+        )
         self.profiler: Profiler = NoProfiler()
         if windows:
             self.profiler = WindowProfiler(windows, self._profile_folder(), self._settle, self.phases, marks)
