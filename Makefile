@@ -10,10 +10,14 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 GPU_COMPILE = $(VENV)/gpu-compile
 
-.PHONY: train train-2 test test-quick check test-floor test-browser soak bench bench-gpu bench-compare bench-scaling profile nsys ncu clean
+.PHONY: train text train-2 test test-quick check test-floor test-browser soak bench bench-gpu bench-compare bench-scaling profile nsys ncu clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
+
+# A language model on streamed text.
+text: $(INSTALLED)
+	$(BIN)/python examples/text.py $(ARGS)
 
 # The same as one run over two processes of this machine: on the CPU, or JAX_PLATFORMS=cuda for a GPU each. An
 # interrupt stops both in order, as SIGTERM to one does. Where one fails, the other has 10 s to say so, and is killed.

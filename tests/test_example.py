@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from examples import text
+from learnax.registry import Registry
 from learnax.sinks import page
-from tests.helpers import ROOT
+from tests.helpers import ROOT, assert_trees_equal
 
 pytestmark = pytest.mark.processes
 
@@ -63,7 +66,46 @@ def test_the_digits_log_to_an_offline_run_and_a_second_run_goes_on_with_a_worker
     assert pictures(tmp_path) == ["curves.png", "held_out.png", "ledger.png", "samples.png", "training.png"]
 
 
+@jax.numpy_dtype_promotion("standard")  # optax's schedules need it
+def test_streamed_text_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fail(params):
+        if len(calls := [*saved, params]) == 2:
+            raise OSError("the disk is gone")
+        saved[:] = calls
+
+    saved = []
+    options = {"save_every": 4, "val_every_steps": 8}
+    straight = text.build(12, Registry("text", tmp_path / "straight"), **options)
+    straight.train()
+    with pytest.raises(OSError, match="the disk is gone"):
+        text.build(12, Registry("text", tmp_path / "stopped"), save_model=fail, **options).train()
+    resumed = text.build(12, Registry("text", tmp_path / "stopped"), **options)
+    assert resumed.log.step == 8
+    resumed.train()
+    assert_trees_equal(resumed.train_state, straight.train_state)
+    assert resumed.metrics["val/loss"] == straight.metrics["val/loss"]
+    said = text.generated(jax.device_get(resumed.train_state.params), "Permission", 120)
+    assert said.startswith("Permission")
+    assert len(said) == 130
+    text.draw(resumed.metrics, 8, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_knows_its_targets():
-    for target in ("train", "test", "check", "test-floor", "test-browser", "soak", "bench", "profile", "nsys", "ncu"):
+    for target in (
+        "train",
+        "text",
+        "test",
+        "check",
+        "test-floor",
+        "test-browser",
+        "soak",
+        "bench",
+        "profile",
+        "nsys",
+        "ncu",
+    ):
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True, timeout=60)
