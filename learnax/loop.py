@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import jax
 
 from learnax.data import Block
-from learnax.hooks import Hook, Moment, due
+from learnax.hooks import Point, due
+from learnax.hooks.due import Action
 from learnax.parts import Parts
 from learnax.session import Session
 from learnax.utils import PyTree
@@ -33,7 +33,7 @@ class Loop:
         self.parts = parts
         self._settings, self._engine, self._phases = parts.settings, parts.engine, parts.phases
         self._progress, self._log, self._hooks = parts.progress, parts.log, parts.hooks
-        self._programs, self._profiler = parts.programs, parts.profiler
+        self._programs, self._profiler, self._users = parts.programs, parts.profiler, parts.users
         self.session = Session(parts)
 
     def run(self, train_epoch: Callable[[int], None]) -> None:
@@ -45,8 +45,10 @@ class Loop:
                 self._tell_complete()
             params = jax.tree.leaves(self._progress.shapes.params)
             self._log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
-            for epoch in range(self._progress.position.epoch, self._settings.num_epochs):
-                train_epoch(epoch)
+            with self._users.framing(self._here):
+                self.parts.stops.check_asked()
+                for epoch in range(self._progress.position.epoch, self._settings.num_epochs):
+                    train_epoch(epoch)
 
     def epoch(self, epoch: int) -> None:
         """Trains one epoch, or what is left of the one that the run stands in, and ends it."""
@@ -59,6 +61,7 @@ class Loop:
                 self._train_block(block)
             self._log.drain()
             self._end_epoch(epoch)
+            self.parts.stops.check_asked()
 
     def _train_block(self, block: Block) -> None:
         """Trains on a block's batches, in dispatches that are cut where something is due."""
@@ -107,38 +110,59 @@ class Loop:
                 return  # this update was dropped: what is due at the step before it is done already
             step, epoch = self._log.step, self._progress.position.epoch
             shows = due(self._hooks.shows, step)
-            moment = Moment(step, epoch, self._progress.look, metrics=metrics)
-            if shows:
-                outputs = self._engine.whole(outputs)
-                moment = dataclasses.replace(moment, batch=self._batch(block, batch), outputs=outputs)
-                self._log.flush()  # so that user code always finds the same rows logged, however fast the run is
-                with self._phases.plot:
-                    for show in shows:
-                        metrics |= show(moment)
-        self._save(due(self._hooks.saves, step), moment)
+            read, fetch = lambda: self._batch(block, batch), lambda: self._engine.whole(outputs)
+            point = Point(step, epoch, self._progress.look, metrics, read, fetch)
+            if shows not in ([], [self._users]):
+                self._log.flush()  # so that plots always find the same rows logged, however fast the run is
+            with self._phases.plot:
+                for show in shows:
+                    metrics |= show(point)
+        self._act(point)
+        self._save(due(self._hooks.saves, step), point)
 
     def _end_epoch(self, epoch: int) -> None:
         """Validates where that is due, keeps the epoch's means, and does what is due after it."""
         marks, seq = self._progress.position.marks, self._progress.seq
         means = {"train": self._log.training_means(marks)}
-        moment = Moment(self._log.step, epoch, self._progress.look)
+        point = Point(self._log.step, epoch, self._progress.look)
         if self.parts.validation.next_due(epoch) == epoch + 1:
-            validated, seq = self.parts.validation(moment, seq)
+            validated, seq = self.parts.validation(point, seq)
             means |= validated
         # Only after all validation: an epoch that is interrupted before this validates again, with the same keys.
         rows = self._log.keep_epoch(means)
-        moment = dataclasses.replace(moment, metrics=self._log.grown(marks))
+        point.metrics = self._log.grown(marks)
         self._progress.end_epoch(epoch, seq)
-        self._save(due(self._hooks.ends, epoch + 1), moment)
         for row in rows:
             self._log.send({**row, "step": self._log.step, "epoch": epoch})
+        if len(means) > 1:
+            self._validated(point)
+        self._save(due(self._hooks.ends, epoch + 1), point)
         self._profiler.leave(self._log.step, epoch + 1)
 
-    def _save(self, hooks: list[Hook], moment: Moment) -> None:
-        if hooks:
+    def _validated(self, point: Point) -> None:
+        """Calls the user's hooks after a validation."""
+        with self._phases.plot:
+            added = self._users.validated(point)
+        if added:
+            self._log.send({**self._log.keep(added), "step": point.step, "epoch": point.epoch})
+            self._progress.position.marks = self._log.lengths()  # it belongs to the epoch that is over
+        self._act(point)
+
+    def _act(self, point: Point) -> None:
+        if self._users.asked:
             with self._phases.save:
-                for hook in hooks:
-                    hook(moment)
+                self._users.act(point)
+
+    def _save(self, actions: list[Action], point: Point) -> None:
+        if actions:
+            with self._phases.save:
+                for action in actions:
+                    action(point)
+
+    def _here(self) -> Point:
+        """Where the run stands, between two dispatches, with the last value of each metric."""
+        self._log.drain()
+        return Point(self._log.step, self._progress.position.epoch, self._progress.look, self._log.grown({}))
 
     def _batch(self, block: Block, number: int) -> list[Any]:
         """One batch of a block on the host, those parts that other processes have read included."""

@@ -111,6 +111,8 @@ class Trainer:
         ema: the decay of an average of the parameters that is kept beside them, from 0 to 1, or a schedule of it,
             `updates made -> decay`: `average = decay * average + (1 - decay) * parameters` after each update.
         ema_eval: whether the average is what validation and samples see, and so what "best" is judged by.
+        hooks: what is to be done between steps, objects of `learnax.hooks`: called at exactly their steps, and after
+            validations; their state is kept in checkpoints.
         profile: steps that a profiler is to look at, `"cuda:100-110"`, `"trace:epoch 2"`, ...; see
             `learnax.profiling.windows.parse`. By default what `LEARNAX_PROFILE` says, or none.
 
@@ -183,6 +185,7 @@ class Trainer:
         val_dataset: Any = None,
         ema: float | Callable[[Any], Any] | None = None,
         ema_eval: bool = True,
+        hooks: Sequence[Any] | None = None,
     ):
         given = dict(locals())
         del given["self"]

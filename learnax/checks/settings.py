@@ -78,6 +78,7 @@ class Settings:
     val_dataset: Any
     ema: float | Callable[[Any], Any] | None
     ema_eval: bool
+    hooks: Sequence[Any]
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     own_optimizer: bool = True
     adapter: Model = dataclasses.field(init=False, repr=False)

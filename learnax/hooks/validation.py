@@ -12,7 +12,7 @@ from learnax.cluster.stops import Stops
 from learnax.data import Loader, Repeated
 from learnax.engine import SAME, Engine
 from learnax.engine.programs import Programs
-from learnax.hooks.hook import Every, Moment
+from learnax.hooks.due import Cadence, Point
 from learnax.log import Means
 from learnax.profiling.phases import Phases
 from learnax.step.state import TrainState
@@ -54,11 +54,11 @@ class Validation:
         regular, last = self._next_regular(count), self._settings.num_epochs
         return min(regular, last) if count < last else regular
 
-    def __call__(self, moment: Moment, seq: jax.Array) -> tuple[dict[str, dict[str, float]], jax.Array]:
+    def __call__(self, point: Point, seq: jax.Array) -> tuple[dict[str, dict[str, float]], jax.Array]:
         """Evaluates all sets, of a model after an epoch.
 
         Args:
-            moment: right after its last step.
+            point: right after its last step.
             seq: the random sequence.
 
         Returns:
@@ -66,8 +66,8 @@ class Validation:
         """
         if not self._loaders:
             return {}, seq  # and the state is not looked at
-        regular = self._next_regular(moment.epoch) == moment.epoch + 1
-        keys, state = seq, self._programs.evaluated(moment.state)
+        regular = self._next_regular(point.epoch) == point.epoch + 1
+        keys, state = seq, self._programs.evaluated(point.state)
         if not regular:
             # The last epoch is validated in any case, by keys beside the run's: one that is made longer later draws
             # what it would have drawn without.
@@ -80,7 +80,7 @@ class Validation:
 
     def _next_regular(self, count: int) -> float:
         """`next_due` of a run that has no last epoch."""
-        return Every(self._settings.val_every or 1).next_due(count - 1) + 1
+        return Cadence(self._settings.val_every or 1).next_due(count - 1) + 1
 
     def _evaluate(
         self, name: str, loader: Loader | Repeated, state: TrainState, seq: jax.Array

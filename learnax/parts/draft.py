@@ -45,7 +45,8 @@ class Draft:
         gather = self._divide(traced) if settings.shard_state else None
         self.plan = self._plan(traced)
         self.recipe = self._recipe(traced, gather)
-        with_outputs, by_average = settings.plot_pipe is not None, settings.ema_eval
+        with_outputs = settings.plot_pipe is not None or any(map(checks.wants_outputs, settings.hooks))
+        by_average = settings.ema_eval
         self.programs = Programs(engine, self.recipe, self.plan.room, with_outputs, first["train"], by_average)
 
     def room(self, split: str) -> int:

@@ -22,7 +22,18 @@ from learnax.engine.plan import RESIDENT_BYTES
 from learnax.engine.preflight import Flight
 from learnax.engine.preflight import Preflight as Preflight
 from learnax.engine.targets import target_of
-from learnax.hooks import BestSaver, Hooks, ModelSaver, Plotter, Sampler, StateSaver, Validation, sample_params
+from learnax.hooks import (
+    BestSaver,
+    Ground,
+    Hooks,
+    ModelSaver,
+    Plotter,
+    Sampler,
+    StateSaver,
+    Users,
+    Validation,
+    sample_params,
+)
 from learnax.log import Log
 from learnax.parts.draft import Draft
 from learnax.parts.fitting import Fitting
@@ -61,7 +72,8 @@ class Parts:
         log: the metrics.
         checkpointer: the run's saves; or None.
         progress: where it stands.
-        hooks: what it does between its steps.
+        users: the user's hooks.
+        hooks: what it does between its steps, the user's hooks among it.
         validation: what it does after some of its epochs.
         profiler: the windows of steps that a profiler looks at.
         watchdog: tells where a run hangs.
@@ -100,7 +112,10 @@ class Parts:
         # What comes of it.
         self.log = self._log()
         self.checkpointer = self._checkpointer()
-        self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer)
+        self.users = self._users(traced, list(splits))
+        self.progress = Progress(
+            settings, self.origin, self.engine, self.programs, self.log, self.checkpointer, self.users
+        )
         self.hooks = self._hooks(traced)
         self.validation = Validation(settings, self.loaders, self.engine, self.programs, self.phases, self.stops)
         self.profiler: Profiler = NoProfiler()
@@ -246,6 +261,9 @@ class Parts:
                     unwrap,
                 )
             )
+        if self.users:
+            self.users.ground = self._ground()
+            hooks.shows.append(self.users)
         if settings.save_model is not None:
             hooks.saves.append(ModelSaver(settings.save_every, voice(settings.save_model), self.engine))
         if self.checkpointer is not None:
@@ -253,6 +271,25 @@ class Parts:
             hooks.saves.append(StateSaver(self.checkpointer, resume_point))
             hooks.ends.append(BestSaver(self.checkpointer, settings.best_metric_name, self.log.metrics, resume_point))
         return hooks
+
+    def _users(self, traced: checks.Traced, splits: list[str]) -> Users:
+        settings = self.settings
+        checks.check_watched(settings.hooks, traced.metrics, splits, train_only=settings.train_only)
+        return Users(settings.hooks, self.processes, traced.metrics, validates=len(splits) > 1)
+
+    def _ground(self) -> Ground:
+        return Ground(
+            self.engine,
+            self.first["train"].unwrap,
+            self.settings.run,
+            self.log,
+            self.processes,
+            self.checkpointer,
+            self.stops.ask,
+            self.progress.resume_point,
+            self.progress.scale_rate,
+            self.progress.check_rate,
+        )
 
     def _profile_folder(self) -> Path:
         folder = Path("learnax-profile") if self.checkpointer is None else self.checkpointer.path.parent / "profile"

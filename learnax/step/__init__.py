@@ -38,6 +38,9 @@ from learnax.step.optimizers import (
     in_pairs as in_pairs,
 )
 from learnax.step.optimizers import (
+    scaled_rates as scaled_rates,
+)
+from learnax.step.optimizers import (
     takes_pairs as takes_pairs,
 )
 from learnax.step.optimizers import (
