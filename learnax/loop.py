@@ -83,6 +83,8 @@ class Loop:
         self._log.wait_for_room()
         first = bool(self._progress.places)
         phase = self._phases.first if first else self._phases.dispatch
+        if self._users.probes:
+            self._probe(block, start)
         with self._profiler.steps(self._log.step_at_most, count), phase:
             live, seq, scalars, outputs = self._programs.train(
                 self._progress.live, self._progress.seq_data, block, start, count
@@ -138,6 +140,12 @@ class Loop:
             self._validated(point)
         self._save(due(self._hooks.ends, epoch + 1), point)
         self._profiler.leave(self._log.step, epoch + 1)
+
+    def _probe(self, block: Block, start: int) -> None:
+        """Dispatches what is to look into the next step, before that takes over the state."""
+        live, seq = self._progress.live, self._progress.seq_data
+        dispatch = lambda kind: self._programs.dispatch_probe(kind, live, seq, block, start)  # noqa: E731
+        self._users.probe(self._log.step_at_most, dispatch)
 
     def _validated(self, point: Point) -> None:
         """Calls the user's hooks after a validation."""

@@ -23,4 +23,5 @@ from learnax.checks.resume import check_same_script as check_same_script
 from learnax.checks.resume import comparable as comparable
 from learnax.checks.settings import Settings as Settings
 from learnax.checks.texts import raised as raised
+from learnax.checks.texts import value_lines as value_lines
 from learnax.checks.texts import what_is as what_is

@@ -68,4 +68,4 @@ def check_watched(hooks: Sequence[Any], metrics: Sequence[str], splits: Sequence
     for hook in hooks:
         name = getattr(hook, "metric", None)
         if name is not None and not (train_only and not str(name).startswith("train")):
-            check_produced(f"hook {hook_name(hook)!r} watches the metric", name, metrics, splits)
+            check_produced(f"hook {hook_name(hook)!r}: the metric", name, metrics, splits)

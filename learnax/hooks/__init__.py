@@ -16,6 +16,13 @@ from learnax.hooks.given import HookError as HookError
 from learnax.hooks.moment import Ground as Ground
 from learnax.hooks.moment import Moment as Moment
 from learnax.hooks.plots import Plotter as Plotter
+from learnax.hooks.probe import Probe as Probe
+from learnax.hooks.ready.best import SaveBest as SaveBest
+from learnax.hooks.ready.gradients import GradientHistogram as GradientHistogram
+from learnax.hooks.ready.gradients import UpdateRatio as UpdateRatio
+from learnax.hooks.ready.plateaus import EarlyStop as EarlyStop
+from learnax.hooks.ready.plateaus import ScaleRateOnPlateau as ScaleRateOnPlateau
+from learnax.hooks.ready.timer import Timer as Timer
 from learnax.hooks.samples import Sampler as Sampler
 from learnax.hooks.samples import sample_params as sample_params
 from learnax.hooks.saves import BestSaver as BestSaver
@@ -23,3 +30,4 @@ from learnax.hooks.saves import ModelSaver as ModelSaver
 from learnax.hooks.saves import StateSaver as StateSaver
 from learnax.hooks.users import Users as Users
 from learnax.hooks.validation import Validation as Validation
+from learnax.step import View as View

@@ -14,7 +14,7 @@ from learnax.checkpoint import Checkpointer
 from learnax.checkpoint.names import RESERVED
 from learnax.cluster.processes import Processes
 from learnax.data import copied
-from learnax.engine import Engine
+from learnax.engine import Engine, Kind
 from learnax.hooks.due import Point, to_host
 from learnax.log import Log
 from learnax.log.axis import by_step, with_step
@@ -38,6 +38,7 @@ class Ground:
         resume_point: what a checkpoint holds beside the state.
         scale_rate: multiplies the learning rate that the optimiser keeps.
         check_rate: raises ValueError where it keeps none.
+        probe: makes a program of a probe, by its name and its function.
     """
 
     engine: Engine
@@ -50,6 +51,7 @@ class Ground:
     resume_point: Callable[[], dict[str, Any]]
     scale_rate: Callable[[float], None]
     check_rate: Callable[[], None]
+    probe: Callable[[str, Callable[[Any], PyTree]], Kind]
 
 
 @dataclasses.dataclass

@@ -10,15 +10,18 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from learnax import checks
 from learnax.cluster.processes import Processes
 from learnax.cluster.stops import EndError
+from learnax.engine import Kind
 from learnax.hooks.due import Point
 from learnax.hooks.given import Hook, HookError
 from learnax.hooks.moment import Asked, Ground, Moment
 from learnax.hooks.plain import plain
+from learnax.hooks.probe import Probe
 
 _logger = logging.getLogger("learnax")
 VALIDATION = "validation/"
@@ -59,19 +62,22 @@ class Users:
         validates: whether there is anything to validate.
 
     Attributes:
-        ground: what they act on.
+        probes: programs of the probes among them, by the hooks' names.
         asked: what hooks have asked for since `act` was called.
     """
 
     def __init__(self, hooks: Sequence[Any], processes: Processes, metrics: Collection[str], *, validates: bool):
         self._known = [_Known(hook, checks.hook_name(hook)) for hook in hooks]
+        self.probes: dict[str, Kind] = {}
+        self._probed: dict[str, dict[str, jax.Array]] = {}
         self._processes = processes
         self._taken = metrics
         self._broken: set[str] = set()
         self._from, self._until = 0, -math.inf
         self._answers: list[float] = []
-        self.ground: Ground | None = None
+        self._held: Ground | None = None
         self.asked = Asked()
+        self._metrics: Mapping[str, float] = {}
         if not validates:
             for known in self._known:
                 if known.has("after_validation"):
@@ -81,6 +87,15 @@ class Users:
     def __len__(self) -> int:
         return len(self._known)
 
+    def stand_on(self, ground: Ground) -> None:
+        """Tells what they act on; nothing is called before."""
+        self._held = ground
+        self.probes = {
+            known.name: ground.probe(known.name, known.hook.look)
+            for known in self._known
+            if isinstance(known.hook, Probe)
+        }
+
     # ---- at steps
 
     def next_due(self, step: int) -> float:
@@ -89,12 +104,17 @@ class Users:
             self._ask(step)
         return self._until
 
+    def probe(self, step: int, dispatch: Callable[[Kind], dict[str, jax.Array]]) -> None:
+        """Dispatches the probes that look into the step after `step`; it is known that this many were made."""
+        due = [known.name for known, answer in self._answered() if answer == step + 1 and known.name in self.probes]
+        self._probed = {name: dispatch(self.probes[name]) for name in due}
+
     def __call__(self, point: Point) -> dict[str, float]:
         """Calls the hooks that are due at this step; returns what joins its metrics."""
-        due = [known for known, answer in zip(self._known, self._answers, strict=True) if answer == point.step]
+        due = [known for known, answer in self._answered() if answer == point.step]
         self._until = -math.inf  # whatever a call may have changed
         if not due:
-            return {}
+            return {}  # before a step that a probe looks into
         metrics = {name if name.startswith("grads/") else f"train/{name}": v for name, v in point.metrics.items()}
         return self._agreed(due, "step", point, metrics)
 
@@ -151,9 +171,7 @@ class Users:
                 ground.checkpointer.save_latest(point.state, point.step, resume=ground.resume_point())
             else:
                 resume = ground.resume_point()
-                ground.checkpointer.save_checkpoint(
-                    point.state, point.step, _numbers(point.metrics), suffix=name, resume=resume
-                )
+                ground.checkpointer.save_checkpoint(point.state, point.step, self._metrics, suffix=name, resume=resume)
         if asked.stop is not None:
             ground.stop(asked.stop)
 
@@ -200,14 +218,22 @@ class Users:
 
     @property
     def _ground(self) -> Ground:
-        assert self.ground is not None
-        return self.ground
+        assert self._held is not None
+        return self._held
+
+    def _answered(self) -> Iterator[tuple[_Known, float]]:
+        return zip(self._known, self._answers, strict=True)
 
     def _ask(self, step: int) -> None:
         """Asks each hook; of several processes the first one's answers count, for they are cut alike."""
         answers = [self._answer(known, step) for known in self._known] if self._processes.first else []
         self._answers = json.loads(self._processes.from_first(json.dumps(answers)))
-        self._from, self._until = step, min(self._answers, default=math.inf)
+        # A step that a probe looks into is a dispatch of its own, from the one before it on.
+        edges = (
+            answer - 1 if known.name in self.probes and answer - 1 > step else answer
+            for known, answer in self._answered()
+        )
+        self._from, self._until = step, min(edges, default=math.inf)
 
     def _answer(self, known: _Known, step: int) -> float:
         with self._raised(known, "next_due()", step):
@@ -233,7 +259,7 @@ class Users:
             values, asked = all_told[0][0], Asked(**all_told[0][1])
             for _, more in all_told[1:]:
                 asked.add(Asked(**more))
-        self.asked = asked
+        self.asked, self._metrics = asked, metrics
         return values
 
     def _call(self, known: _Known, kind: str, point: Point, metrics: Mapping[str, float], asked: Asked) -> Any:
@@ -246,6 +272,9 @@ class Users:
         method = {"step": "__call__", "validation": "after_validation"}.get(kind, kind)
         try:
             with self._raised(known, f"{method}()", point.step):
+                if kind == "step" and known.name in self.probes:
+                    values = self._probed[known.name]
+                    return known.hook.seen(moment, jax.tree.map(self._ground.engine.host_copy, values))
                 return getattr(known.hook, method)(moment)
         finally:
             moment.over()
@@ -294,7 +323,3 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
-
-
-def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}

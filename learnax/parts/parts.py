@@ -14,7 +14,7 @@ from learnax.checks import Settings
 from learnax.cluster.processes import processes_of
 from learnax.cluster.stops import Stops
 from learnax.data import Loader, Repeated, tell_of_generators
-from learnax.engine import BATCHES, SAME, Engine
+from learnax.engine import BATCHES, SAME, Engine, Wanted
 from learnax.engine.accounts import ledger_of
 from learnax.engine.cache import use_cache
 from learnax.engine.fit import Fit as Fit
@@ -46,6 +46,7 @@ from learnax.profiling.profiler import NoProfiler, Profiler, WindowProfiler
 from learnax.profiling.watchdog import Watchdog
 from learnax.registry import Registry
 from learnax.step import evaluated
+from learnax.utils import any_key
 
 NAME = "trainer"
 """The folder of a run without an id, in its registry."""
@@ -117,6 +118,9 @@ class Parts:
             settings, self.origin, self.engine, self.programs, self.log, self.checkpointer, self.users
         )
         self.hooks = self._hooks(traced)
+        if self.users.probes:  # what is wrong with one is told before anything is compiled
+            for kind, _, args in self._probes(self.origin.shapes(), any_key()):
+                self.engine.look(kind, args)
         self.validation = Validation(settings, self.loaders, self.engine, self.programs, self.phases, self.stops)
         self.profiler: Profiler = NoProfiler()
         if windows:
@@ -129,7 +133,13 @@ class Parts:
         wanted = self.draft.wanted(progress.live, progress.seq, self._sizes)
         seen, batch = evaluated(progress.shapes.params, progress.shapes), self.draft.batches(self.settings.batch_size)
         wanted += [show.wanted(seen, batch) for show in self.hooks.shows if isinstance(show, Sampler)]
+        wanted += self._probes(progress.live, progress.seq)
         self.engine.prepare(wanted)
+
+    def _probes(self, live: Any, seq: Any) -> list[Wanted]:
+        """The programs of the hooks' probes, for a state as training takes it, or for its shapes."""
+        block = self.draft.batches(self.draft.room("train"), self.settings.batch_size)
+        return [self.programs.wanted_probe(kind, live, seq, block) for kind in self.users.probes.values()]
 
     def sync(self) -> None:
         """Puts the trained values into the user's object, where that holds values."""
@@ -262,7 +272,7 @@ class Parts:
                 )
             )
         if self.users:
-            self.users.ground = self._ground()
+            self.users.stand_on(self._ground())
             hooks.shows.append(self.users)
         if settings.save_model is not None:
             hooks.saves.append(ModelSaver(settings.save_every, voice(settings.save_model), self.engine))
@@ -289,6 +299,7 @@ class Parts:
             self.progress.resume_point,
             self.progress.scale_rate,
             self.progress.check_rate,
+            self.programs.probe,
         )
 
     def _profile_folder(self) -> Path:

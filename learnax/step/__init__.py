@@ -51,6 +51,8 @@ from learnax.step.packed import Packed as Packed
 from learnax.step.packed import packs as packs
 from learnax.step.patterns import ByPattern as ByPattern
 from learnax.step.patterns import split as split
+from learnax.step.probing import View as View
+from learnax.step.probing import probe as probe
 from learnax.step.recipe import AXIS as AXIS
 from learnax.step.recipe import Recipe as Recipe
 from learnax.step.recipe import wide as wide
