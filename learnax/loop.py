@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +10,8 @@ from typing import Any
 import jax
 
 from learnax.data import Block, ShuffledBlock
-from learnax.hooks import Hook, Moment, due
+from learnax.hooks import Point, due
+from learnax.hooks.due import Action
 from learnax.parts import Parts
 from learnax.session import Session
 from learnax.utils import PyTree
@@ -34,7 +34,7 @@ class Loop:
         self.parts = parts
         self._settings, self._engine, self._phases = parts.settings, parts.engine, parts.phases
         self._progress, self._log, self._hooks = parts.progress, parts.log, parts.hooks
-        self._programs, self._profiler = parts.programs, parts.profiler
+        self._programs, self._profiler, self._users = parts.programs, parts.profiler, parts.users
         self.session = Session(parts)
 
     def run(self, train_epoch: Callable[[int], None]) -> None:
@@ -46,10 +46,12 @@ class Loop:
                 self.parts.compile()
             params = jax.tree.leaves(self._progress.shapes.params)
             self._log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
-            for epoch in itertools.count(self._progress.position.epoch):
-                if epoch >= self._settings.epochs or self._progress.is_complete:
-                    break
-                train_epoch(epoch)
+            with self._users.framing(self._here):
+                self.parts.stops.check_asked()
+                for epoch in itertools.count(self._progress.position.epoch):
+                    if epoch >= self._settings.epochs or self._progress.is_complete:
+                        break
+                    train_epoch(epoch)
 
     def epoch(self, epoch: int) -> None:
         """Trains one epoch, or what is left of the one that the run stands in, and ends it."""
@@ -64,7 +66,8 @@ class Loop:
             if self._progress.left > 0 or self._progress.is_whole:
                 self._end_epoch(epoch)
             elif not self._progress.is_complete:
-                self._validate(Moment(self._log.step, epoch, self._progress.look), regular=False)
+                self._validate(Point(self._log.step, epoch, self._progress.look), regular=False)
+            self.parts.stops.check_asked()
 
     def _train_block(self, block: Block) -> None:
         """Trains on a block's batches, in dispatches that are cut where something is due."""
@@ -86,6 +89,8 @@ class Loop:
         self._log.wait_for_room()
         first = bool(self._progress.places)
         phase = self._phases.first if first else self._phases.dispatch
+        if self._users.probes:
+            self._probe(block, start)
         with self._profiler.steps(self._log.step_at_most, count), phase:
             live, seq, scalars, outputs = self._programs.train(
                 self._progress.live, self._progress.seq_data, block, start, count
@@ -113,17 +118,17 @@ class Loop:
                 return  # this update was dropped: what is due at the step before it is done already
             step, epoch = self._log.step, self._progress.position.epoch
             shows = due(self._hooks.shows, step)
-            moment = Moment(step, epoch, self._progress.look, metrics=metrics)
-            if shows:
-                outputs = self._engine.whole(outputs)
-                moment = dataclasses.replace(moment, batch=self._batch(block, batch), outputs=outputs)
-                self._log.flush()  # so that user code always finds the same rows logged, however fast the run is
-                with self._phases.plot:
-                    for show in shows:
-                        metrics |= show(moment)
+            read, fetch = lambda: self._batch(block, batch), lambda: self._engine.whole(outputs)
+            point = Point(step, epoch, self._progress.look, metrics, read, fetch)
+            if shows not in ([], [self._users]):
+                self._log.flush()  # so that plots always find the same rows logged, however fast the run is
+            with self._phases.plot:
+                for show in shows:
+                    metrics |= show(point)
         if self.parts.validation.by_steps.next_due(step - 1) == step:
-            self._validate(dataclasses.replace(moment, batch=[], outputs=None), regular=True)
-        self._save(due(self._hooks.saves, step), moment)
+            self._validate(Point(step, epoch, self._progress.look), regular=True)
+        self._act(point)
+        self._save(due(self._hooks.saves, step), point)
 
     def _end_epoch(self, epoch: int) -> None:
         """Validates where that is due, keeps the epoch's means, and does what is due after it."""
@@ -131,34 +136,52 @@ class Loop:
         means = {"train": self._log.training_means(position.marks)}
         # What a validation amid the epoch came to says nothing of the state at its end.
         last = {name: value for name, value in self._log.grown(position.marks).items() if name.startswith("train/")}
-        moment = Moment(self._log.step, epoch, self._progress.look, metrics=last)
-        if validation.next_due(epoch) == epoch + 1 and position.validated != moment.step:
-            validated, seq = validation(moment, seq, regular=validation.is_regular(epoch))
+        point = Point(self._log.step, epoch, self._progress.look, last)
+        if validation.next_due(epoch) == epoch + 1 and position.validated != point.step:
+            validated, seq = validation(point, seq, regular=validation.is_regular(epoch))
             means |= validated
         # Only after all validation: an epoch that is interrupted before this validates again, with the same keys.
-        self._keep(means, moment, lambda: self._progress.end_epoch(epoch, seq))
+        self._keep(means, point, lambda: self._progress.end_epoch(epoch, seq))
         self._profiler.leave(self._log.step, epoch + 1)
 
-    def _validate(self, moment: Moment, *, regular: bool) -> None:
+    def _validate(self, point: Point, *, regular: bool) -> None:
         """Validates amid an epoch, and keeps what came of it."""
-        means, seq = self.parts.validation(moment, self._progress.seq, regular=regular)
-        self._keep(means, dataclasses.replace(moment, metrics={}), lambda: self._progress.validated(seq))
+        means, seq = self.parts.validation(point, self._progress.seq, regular=regular)
+        self._keep(means, point, lambda: self._progress.validated(seq))
 
     def _validate_what_is_owed(self, epoch: int) -> None:
         """Validates where the run goes on from a step at which that was due, and was stopped."""
         step, position = self._log.step, self._progress.position
         if position.steps and self.parts.validation.by_steps.next_due(step - 1) == step != position.validated:
-            self._validate(Moment(step, epoch, self._progress.look), regular=True)
+            self._validate(Point(step, epoch, self._progress.look), regular=True)
 
-    def _keep(self, means: Mapping[str, Mapping[str, float]], moment: Moment, move: Callable[[], None]) -> None:
+    def _keep(self, means: Mapping[str, Mapping[str, float]], point: Point, move: Callable[[], None]) -> None:
         """Keeps the means of splits, moves on to where a checkpoint has them, and does what is due then."""
         before = self._log.lengths()
         rows = self._log.keep_epoch(means)
         move()
-        metrics = {**moment.metrics, **self._log.grown(before)}
+        point.metrics = {**point.metrics, **self._log.grown(before)}
         for row in rows:
-            self._log.send({**row, "step": moment.step, "epoch": moment.epoch})
-        self._save(due(self._hooks.ends, moment.epoch + 1), dataclasses.replace(moment, metrics=metrics))
+            self._log.send({**row, "step": point.step, "epoch": point.epoch})
+        if any(split != "train" for split in means):
+            self._validated(point)
+        self._save(due(self._hooks.ends, point.epoch + 1), point)
+
+    def _probe(self, block: Block, start: int) -> None:
+        """Dispatches what is to look into the next step, before that takes over the state."""
+        live, seq = self._progress.live, self._progress.seq_data
+        dispatch = lambda kind: self._programs.dispatch_probe(kind, live, seq, block, start)  # noqa: E731
+        self._users.probe(self._log.step_at_most, dispatch)
+
+    def _validated(self, point: Point) -> None:
+        """Calls the user's hooks after a validation."""
+        with self._phases.plot:
+            added = self._users.validated(point)
+        if added:
+            self._log.send({**self._log.keep(added), "step": point.step, "epoch": point.epoch})
+            if not self._progress.position.batch:
+                self._progress.position.marks = self._log.lengths()  # it belongs to the epoch that is over
+        self._act(point)
 
     def _blocks(self, epoch: int) -> Iterator[Block]:
         """The blocks of an epoch that are left, up to the one in which the run's last step is."""
@@ -174,12 +197,24 @@ class Loop:
         """The first step after this one at which there is something to do."""
         return min(part.next_due(step) for part in (self._profiler, self._hooks, self.parts.validation.by_steps))
 
-    def _save(self, hooks: list[Hook], moment: Moment) -> None:
-        if hooks:
+    def _act(self, point: Point) -> None:
+        """Does what the user's hooks have asked for."""
+        if self._users.asked:
+            self._log.settle()
+            with self._phases.save:
+                self._users.act(point)
+
+    def _save(self, actions: list[Action], point: Point) -> None:
+        if actions:
             self._log.settle()  # so that a run that goes on from here finds in its files all that was before
             with self._phases.save:
-                for hook in hooks:
-                    hook(moment)
+                for action in actions:
+                    action(point)
+
+    def _here(self) -> Point:
+        """Where the run stands, between two dispatches, with the last value of each metric."""
+        self._log.drain()
+        return Point(self._log.step, self._progress.position.epoch, self._progress.look, self._log.grown({}))
 
     def _batch(self, block: Block, number: int) -> list[Any]:
         """One batch of a block on the host, those parts that other processes have read included."""

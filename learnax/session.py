@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 from learnax.checkpoint import SaveError
-from learnax.cluster.stops import TimeUpError
+from learnax.cluster.stops import EndError
 from learnax.parts import Parts
 
 _logger = logging.getLogger("learnax")
@@ -90,8 +90,8 @@ class Session:
                     finally:
                         if parts.stops.at_once:
                             parts.log.abandon()
-            except TimeUpError:
-                pass  # a limit that was asked for is no error: what called goes on
+            except EndError:
+                pass  # what was asked for is no error: what called goes on
             finally:
                 self.running = False
                 for loader in parts.loaders.values():

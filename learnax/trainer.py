@@ -117,6 +117,8 @@ class Trainer:
         val_every_steps: steps between validations, in place of `val_every`. The last state is validated in any case.
         val_steps: batches that a validation of each set takes at most.
         shuffle: whether each epoch has the training data in an order of its own, a function of seed and epoch alone.
+        hooks: what is to be done between steps, objects of `learnax.hooks`: called at exactly their steps, and after
+            validations; their state is kept in checkpoints.
         profile: steps that a profiler is to look at, `"cuda:100-110"`, `"trace:epoch 2"`, ...; see
             `learnax.profiling.windows.parse`. By default what `LEARNAX_PROFILE` says, or none.
 
@@ -194,6 +196,7 @@ class Trainer:
         num_steps: int | None = None,
         val_every_steps: int | None = None,
         val_steps: int | None = None,
+        hooks: Sequence[Any] | None = None,
     ):
         given = dict(locals())
         del given["self"]

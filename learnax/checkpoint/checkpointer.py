@@ -122,7 +122,8 @@ class Checkpointer:
             is_best: whether it is the best so far, whatever its metrics are.
             suffix: a name, by which `load_checkpoint` finds it; a later one takes its place.
             resume: what a run needs to go on as if it had not stopped: a dict with `rng` (key data),
-                `position` (plain values) and `history` (metric name -> a list of floats that only grows), or None.
+                `position` (plain values) and `history` (metric name -> a list of floats that only grows), and of plain
+                values, where there are, `script`, `hooks` and `rate_factor`; or None.
 
         Returns:
             Where it will be once it is written.

@@ -139,9 +139,10 @@ def _read(save: Path, target: TrainState | None, *, resume: bool, blank: bool) -
             "resume": None,
         }
         if resume and "rng" in arrays:
-            script = {"script": meta["script"]} if meta["script"] else {}
+            # Each of these has come later than the saves that lack it.
+            more = {name: meta[name] for name in ("script", "hooks", "rate_factor") if meta.get(name)}
             given = _inside(arrays, meta["history"]) if found is None else found
-            values["resume"] = {"rng": arrays["rng"], "position": meta["position"], **script, "history": given}
+            values["resume"] = {"rng": arrays["rng"], "position": meta["position"], **more, "history": given}
         if meta["metrics"]:
             values["metrics"] = dict(meta["metrics"])
         np.int32(arrays["step"])

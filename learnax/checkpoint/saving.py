@@ -145,6 +145,8 @@ class Saver:
             "metrics": {name: float(value) for name, value in metrics.items()} if metrics else None,
             "position": resume.get("position"),
             "script": resume.get("script"),
+            "hooks": resume.get("hooks"),
+            "rate_factor": resume.get("rate_factor"),
             "keys": kinds,
         }
         more = {"rng": np.array(resume["rng"])} if "rng" in resume else {}

@@ -190,6 +190,8 @@ _HOLDS: dict[str, Any] = {
     "name": _is_text_or_none,
     "minimize": lambda value: value is None or isinstance(value, bool),
     "time": _is_number,
+    "hooks": lambda value: value is None or isinstance(value, dict),
+    "rate_factor": lambda value: value is None or _is_number(value),
     "checksums": _by_name(_is_count),
     "arrays": _by_name(_is_kind),
     "empty": _by_name(_is_kind),

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec
 import jax
 import numpy as np
 
+from learnax.checks.hooks import check_hooks
 from learnax.checks.parts import check_devices, check_functions, check_registry, check_run
 from learnax.checks.rates import check_ema, check_optimizer_type, checked_rate, number_of
 from learnax.checks.texts import short
@@ -124,6 +125,7 @@ def check_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     check_functions(given)
     check_run(given["run"], given["registry"])
     check_registry(given["registry"])
+    values["hooks"] = check_hooks(given["hooks"])
     if given["devices"] is not None:
         values["devices"] = check_devices(given["devices"])
     for name, other in _NEEDS.items():

@@ -49,7 +49,7 @@ def check_names(metrics: Sequence[Any], splits: Sequence[str]) -> None:
         ValueError: one does.
     """
     for metric in metrics:
-        _check_metric("losses return", "own", metric)
+        check_metric("losses return", "own", metric)
     owners: dict[str, str] = {}
     for name in splits:
         for key in _keys(name, metrics):
@@ -60,11 +60,15 @@ def check_names(metrics: Sequence[Any], splits: Sequence[str]) -> None:
 
 def check_best(name: str, metrics: Sequence[str], splits: Sequence[str]) -> None:
     """Raises ValueError where no split produces the metric that "best" is judged by."""
+    check_produced("best_metric_name", name, metrics, splits)
+
+
+def check_produced(what: str, name: str, metrics: Sequence[str], splits: Sequence[str]) -> None:
+    """Raises ValueError where no split produces a metric; `what` says what asks for it."""
     produced = [key for split in splits for key in _keys(split, metrics)]
     if name not in produced:
         raise ValueError(
-            f"best_metric_name {name!r} is produced by no split of this run; there are: "
-            + ", ".join(sorted(set(produced)))
+            f"{what} {name!r} is produced by no split of this run; there are: " + ", ".join(sorted(set(produced)))
         )
 
 
@@ -74,7 +78,19 @@ def _keys(split: str, metrics: Sequence[str]) -> list[str]:
     return [f"{split}{kind}/{metric}" for kind in ("", "_epoch") for metric in (*own, *metrics)]
 
 
-def _check_metric(who: str, prefix: str, metric: Any, taken: Collection[str] = ()) -> None:
+def check_metric(who: str, prefix: str, metric: Any, taken: Collection[str] = ()) -> None:
+    """Checks the name of a metric that user code returns.
+
+    Args:
+        who: returns it, with its verb.
+        prefix: of a name that would do.
+        metric: the name.
+        taken: names of the losses' metrics.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it is the trainer's own, or taken.
+    """
     if not isinstance(metric, str):
         raise TypeError(f"{who} a metric whose name must be text, but is {short(metric)}; write {str(metric)!r}")
     if metric in STEP_METRICS:
@@ -121,7 +137,7 @@ class SampleMetrics:
 
     def _look_at(self, metrics: Mapping[str, Any]) -> None:
         for name in metrics:
-            _check_metric("sample_metrics returns", "sample", name, self._taken)
+            check_metric("sample_metrics returns", "sample", name, self._taken)
         if self._known is not None:
             differing = ", ".join(sorted(self._known ^ set(metrics)))
             raise ValueError(f"sample_metrics must return the same names for each sample, but not for all: {differing}")

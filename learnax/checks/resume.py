@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from learnax.checks.arguments import check_profile
+from learnax.checks.hooks import hook_name
 from learnax.checks.settings import Settings
 from learnax.data import Feed, FirstDatum
 from learnax.utils import PyTree, describe, leaves_by_path
@@ -38,6 +39,7 @@ def comparable(
         for name, dataset in splits.items()
     }
     facts |= {f"data of {name}": describe(datum.arguments) for name, datum in data.items()}
+    facts["hooks"] = ", ".join(map(hook_name, settings.hooks)) or "None"  # by the names all of them agree what is due
     facts["registry"] = "None" if given["registry"] is None else "given"
     facts["profile"] = ", ".join(map(str, check_profile(given["profile"]))) or "None"  # where dispatches are cut
     return facts | {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(state).items()}

@@ -84,6 +84,7 @@ class Settings:
     num_steps: int | None
     val_every_steps: int | None
     val_steps: int | None
+    hooks: Sequence[Any]
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     own_optimizer: bool = True
     adapter: Model = dataclasses.field(init=False, repr=False)

@@ -56,6 +56,9 @@ class Processes(Protocol):
     def from_first(self, text: str) -> str:
         """The first process's text."""
 
+    def exchange(self, what: str, text: str) -> list[str]:
+        """Each process's text, in their order."""
+
     def settle(self, matter: str, text: str, judge: Callable[[list[str]], str]) -> str:
         """What the first process makes of all processes' texts; also from another thread, each matter once."""
 
@@ -84,6 +87,10 @@ class OneProcess:
     def from_first(self, text: str) -> str:
         """The text."""
         return text
+
+    def exchange(self, what: str, text: str) -> list[str]:
+        """The text."""
+        return [text]
 
     def settle(self, matter: str, text: str, judge: Callable[[list[str]], str]) -> str:
         """What is made of the text."""

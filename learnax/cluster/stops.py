@@ -17,8 +17,16 @@ _TIME_UP = 1000
 """Stands for the end of the time where a signal's number is told; no signal has it."""
 
 
-class TimeUpError(Exception):
+class EndError(Exception):
+    """A run is to end before its last step, as it was asked to: that is no failure."""
+
+
+class TimeUpError(EndError):
     """The time that a run was given is over."""
+
+
+class StopAskedError(EndError):
+    """A hook has asked for the end of the run."""
 
 
 class Stops:
@@ -44,6 +52,7 @@ class Stops:
         self._max_seconds = max_seconds
         self._until: float | None = None
         self._signal: int | None = None
+        self._asked: str | None = None
         self._handlers: dict[int, Any] = {}
         self._owner = os.getpid()
         self._watching = False
@@ -56,7 +65,7 @@ class Stops:
         is called at the end; a signal that is ignored stays so. A process that is forked inside has the handlers,
         but for it they do what was done before.
         """
-        self._signal, self.at_once, self.agreed = None, False, False
+        self._signal, self._asked, self.at_once, self.agreed = None, None, False, False
         self._until = None if self._max_seconds is None else time.monotonic() + self._max_seconds
         handlers: dict[int, Any] = {}
         self._owner = os.getpid()
@@ -85,8 +94,12 @@ class Stops:
 
     @property
     def reason(self) -> str | None:
-        """The name of the signal that is kept, or that another process was sent."""
-        return None if self._signal is None else signal.Signals(self._signal).name
+        """The name of the signal that is kept, or that another process was sent; or what `ask` was told."""
+        return self._asked if self._signal is None else signal.Signals(self._signal).name
+
+    def ask(self, reason: str) -> None:
+        """Has the next `check` end the run; of several processes, all are asked at the same step."""
+        self._asked = reason
 
     def check(self) -> None:
         """Returns where nothing asks for a stop.
@@ -95,7 +108,9 @@ class Stops:
             KeyboardInterrupt: SIGINT came.
             SystemExit: SIGTERM came; its status is 143, as the shell has it for that signal.
             TimeUpError: the time is over.
+            StopAskedError: `ask` was called.
         """
+        self.check_asked()
         mine = self._signal or 0
         if not mine and self._until is not None and time.monotonic() >= self._until:
             mine = _TIME_UP
@@ -107,6 +122,12 @@ class Stops:
             raise TimeUpError(f"max_seconds={self._max_seconds:g} are over")
         self._signal = wanted
         raise _leave(wanted)
+
+    def check_asked(self) -> None:
+        """Raises StopAskedError where `ask` was called; looks for nothing else."""
+        if self._asked is not None:
+            self.agreed = True
+            raise StopAskedError(self._asked)
 
     def heed(self) -> None:
         """`check` while data are waited for; several processes agree on a dispatch to stop after, and go on here."""

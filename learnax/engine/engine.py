@@ -284,7 +284,12 @@ class Engine:
         if any(self.programs[key].seconds["compile"] > 1 for key in compiling):
             give_back()
 
-    def _lower(self, kind: Kind, args: tuple[Any, ...]) -> tuple[str, jax.stages.Lowered, dict[str, float]]:
+    def look(self, kind: Kind, args: tuple[Any, ...]) -> None:
+        """Traces a step on arguments, or their shapes, for what is wrong with it; nothing is lowered or kept."""
+        with self._phases.trace:
+            self._jitted(kind).trace(*args)
+
+    def _jitted(self, kind: Kind) -> Any:
         check_compiling()
 
         # A function, not a `functools.partial`: JAX puts the text of a partial into its messages, and that text would
@@ -299,12 +304,15 @@ class Engine:
             function = jax.shard_map(
                 function, mesh=self.mesh, in_specs=kind.inputs, out_specs=kind.outputs, check_vma=False
             )
-        jitted = jax.jit(
+        return jax.jit(
             function,
             donate_argnums=kind.donated,
             in_shardings=self.shardings(kind.inputs),
             out_shardings=self.shardings(kind.outputs),
         )
+
+    def _lower(self, kind: Kind, args: tuple[Any, ...]) -> tuple[str, jax.stages.Lowered, dict[str, float]]:
+        jitted = self._jitted(kind)
         began = time.perf_counter()
         with self._phases.trace:
             traced = jitted.trace(*args)

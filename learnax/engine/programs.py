@@ -27,6 +27,7 @@ from learnax.step import (
     mean_loss,
     packs,
     predict_many,
+    probe,
     train_many,
     update,
 )
@@ -144,6 +145,23 @@ class Programs:
         """Dispatches `count` steps from a block's batch `start` on; see `learnax.step.train_many`."""
         args = self._train_args(live, seq, block.device, start, count)
         return self._engine.program(self._train, block.signature, args)(*args)
+
+    def probe(self, name: str, look: Callable[[Any], PyTree]) -> Kind:
+        """A program that looks into the step which `train` would make next; see `learnax.step.probe`."""
+        function = functools.partial(probe, self._recipe, self._first.unwrap, look)
+        return Kind(f"probe {name}", function, (self._engine.layout, SAME, BATCHES, SAME), (SAME,))
+
+    def dispatch_probe(self, kind: Kind, live: TrainState | Packed, seq: jax.Array, block: Block, start: int) -> PyTree:
+        """Dispatches a probe before the step that begins with a block's batch `start`."""
+        args = (live, seq, block.device, self._engine.scalar(start))
+        (values,) = self._engine.program(kind, block.signature, args)(*args)
+        if not self._engine.in_flight:
+            jax.block_until_ready(values)  # the step's own program must not wait beside it
+        return values
+
+    def wanted_probe(self, kind: Kind, live: TrainState | Packed, seq: jax.Array, block: PyTree) -> Wanted:
+        """What to ask the engine for, of shapes."""
+        return kind, signature_of(block), (live, jax.eval_shape(key_data, seq), block, self._engine.scalar(0))
 
     def evaluated(self, state: TrainState) -> TrainState:
         """A training state as evaluation sees it: its average where that is on, or what its optimiser means for it."""

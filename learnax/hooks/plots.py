@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from learnax.data import copied
-from learnax.hooks.hook import Every, Moment, to_host
+from learnax.hooks.due import Cadence, Point, to_host
 from learnax.utils import PyTree, tree_unstack
 
 
-class Plotter(Every):
+class Plotter(Cadence):
     """Calls the user's `plot_pipe` with the outputs of a training step.
 
     Args:
@@ -35,10 +35,10 @@ class Plotter(Every):
         self._run = run
         self._unwrap = unwrap
 
-    def __call__(self, moment: Moment) -> Mapping[str, float]:
+    def __call__(self, point: Point) -> Mapping[str, float]:
         """Plots."""
-        outputs = tree_unstack(to_host(moment.outputs))
+        outputs = tree_unstack(to_host(point.outputs))
         if self._plot_model is not None:
             outputs = [self._plot_model(output) for output in outputs]
-        self._plot_pipe(self._run, outputs, tree_unstack(copied(self._unwrap(moment.batch))))
+        self._plot_pipe(self._run, outputs, tree_unstack(copied(self._unwrap(point.batch))))
         return {}

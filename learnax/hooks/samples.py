@@ -13,7 +13,7 @@ import numpy as np
 from learnax.checkpoint import Checkpointer
 from learnax.data import copied, signature_of
 from learnax.engine import SAME, Engine, Kind, Wanted
-from learnax.hooks.hook import Every, Moment, to_host
+from learnax.hooks.due import Cadence, Point, to_host
 from learnax.step.state import TrainState
 from learnax.utils import PyTree, tree_unstack
 from learnax.utils.names import expanded
@@ -22,7 +22,7 @@ _SAMPLE_STREAM = 0x5A3
 """Folded into the seed, so that sampling draws beside the training's random sequence."""
 
 
-class Sampler(Every):
+class Sampler(Cadence):
     """Samples the user's model on the first data of a batch, plots the samples and measures them.
 
     Args:
@@ -84,11 +84,11 @@ class Sampler(Every):
         data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self._size, *leaf.shape[1:]), leaf.dtype), batch)
         return self._kind, signature_of(data), (state, self._params, self._unwrap(data))
 
-    def __call__(self, moment: Moment) -> Mapping[str, float]:
+    def __call__(self, point: Point) -> Mapping[str, float]:
         """Samples once; returns the means of the samples' metrics."""
-        data = self._unwrap(jax.tree.map(lambda leaf: leaf[: self._size], moment.batch))
-        state = self._evaluated(moment.state)
-        program = self._engine.program(*self.wanted(state, moment.batch))
+        data = self._unwrap(jax.tree.map(lambda leaf: leaf[: self._size], point.batch))
+        state = self._evaluated(point.state)
+        program = self._engine.program(*self.wanted(state, point.batch))
         (stacked,) = program(state, self._params, self._engine.put(data, SAME))
         samples = tree_unstack(to_host(stacked))
         if self._plot is not None:

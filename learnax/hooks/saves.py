@@ -9,11 +9,11 @@ import jax
 
 from learnax.checkpoint import Checkpointer
 from learnax.engine import Engine
-from learnax.hooks.hook import Every, Moment, to_host
+from learnax.hooks.due import Cadence, Point, to_host
 from learnax.utils import PyTree
 
 
-class ModelSaver(Every):
+class ModelSaver(Cadence):
     """Calls the user's `save_model(params)` with a copy on the host.
 
     Args:
@@ -27,10 +27,10 @@ class ModelSaver(Every):
         self._save_model = save_model
         self._engine = engine
 
-    def __call__(self, moment: Moment) -> Mapping[str, float]:
+    def __call__(self, point: Point) -> Mapping[str, float]:
         """Saves."""
         # Array by array: parameters that are divided are nowhere whole but on the host.
-        self._save_model(to_host(jax.tree.map(self._engine.whole, moment.state.params)))
+        self._save_model(to_host(jax.tree.map(self._engine.whole, point.state.params)))
         return {}
 
 
@@ -48,18 +48,16 @@ class StateSaver:
 
     def next_due(self, count: int) -> float:
         """The next step at which a checkpoint of any sort is due."""
-        cadences = Every(self._checkpointer.save_every), Every(self._checkpointer.checkpoint_every)
+        cadences = Cadence(self._checkpointer.save_every), Cadence(self._checkpointer.checkpoint_every)
         return min(cadence.next_due(count) for cadence in cadences)
 
-    def __call__(self, moment: Moment) -> Mapping[str, float]:
+    def __call__(self, point: Point) -> Mapping[str, float]:
         """Saves."""
-        self._checkpointer.maybe_save_checkpoints(
-            moment.state, moment.step, moment.metrics, resume=self._resume_point()
-        )
+        self._checkpointer.maybe_save_checkpoints(point.state, point.step, point.metrics, resume=self._resume_point())
         return {}
 
 
-class BestSaver(Every):
+class BestSaver(Cadence):
     """Keeps the state after the epoch whose metric is the best so far.
 
     Args:
@@ -82,11 +80,11 @@ class BestSaver(Every):
         self._metrics = metrics
         self._resume_point = resume_point
 
-    def __call__(self, moment: Moment) -> Mapping[str, float]:
+    def __call__(self, point: Point) -> Mapping[str, float]:
         """Saves it, where the epoch has come to a value, and to a better one."""
-        if self._metric in moment.metrics:
+        if self._metric in point.metrics:
             latest = {name: values[-1] for name, values in self._metrics.items()}
             self._checkpointer.update_best_checkpoint(
-                moment.state, latest[self._metric], moment.step, metrics=latest, resume=self._resume_point()
+                point.state, latest[self._metric], point.step, metrics=latest, resume=self._resume_point()
             )
         return {}

@@ -14,7 +14,7 @@ from learnax.cluster.stops import Stops
 from learnax.data import Split
 from learnax.engine import SAME, Engine
 from learnax.engine.programs import Programs
-from learnax.hooks.hook import Every, Moment
+from learnax.hooks.due import Cadence, Point
 from learnax.log import Means, progress_bar
 from learnax.profiling.phases import Phases
 from learnax.step.state import TrainState
@@ -59,7 +59,7 @@ class Validation:
         self._phases = phases
         self._stops = stops
         self._shown = shown
-        self.by_steps = Every(settings.val_every_steps if self._loaders else None)
+        self.by_steps = Cadence(settings.val_every_steps if self._loaders else None)
 
     def next_due(self, count: int) -> float:
         """The first number of epochs, after this one, after which it is due."""
@@ -70,13 +70,11 @@ class Validation:
         """Whether it would be due after this epoch in a run that goes on."""
         return self._next_regular(epoch) == epoch + 1
 
-    def __call__(
-        self, moment: Moment, seq: jax.Array, *, regular: bool
-    ) -> tuple[dict[str, dict[str, float]], jax.Array]:
+    def __call__(self, point: Point, seq: jax.Array, *, regular: bool) -> tuple[dict[str, dict[str, float]], jax.Array]:
         """Evaluates all sets, of a model after a step.
 
         Args:
-            moment: right after the step.
+            point: right after the step.
             seq: the random sequence.
             regular: whether it would be due here in a run that goes on.
 
@@ -85,7 +83,7 @@ class Validation:
         """
         if not self._loaders:
             return {}, seq  # and the state is not looked at
-        keys, state = seq, self._programs.evaluated(moment.state)
+        keys, state = seq, self._programs.evaluated(point.state)
         if not regular:
             # The last state is validated in any case, by keys beside the run's: one that is made longer later draws
             # what it would have drawn without.
@@ -110,7 +108,7 @@ class Validation:
         """`next_due` of a run that has no last epoch."""
         if self._settings.val_every_steps is not None:
             return math.inf
-        return Every(self._settings.val_every or 1).next_due(count - 1) + 1
+        return Cadence(self._settings.val_every or 1).next_due(count - 1) + 1
 
     def _evaluate(
         self, name: str, loader: Split, state: TrainState, seq: jax.Array

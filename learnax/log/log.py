@@ -258,9 +258,13 @@ class Log:
             named = {f"{split}_epoch/{name}": value for name, value in values.items()}
             if split != "train":
                 named |= {f"{split}/{name}": value for name, value in values.items()}
-            self._keep(named)
-            rows.append(named)
+            rows.append(self.keep(named))
         return rows
+
+    def keep(self, named: dict[str, float]) -> dict[str, float]:
+        """Keeps values under their full names, and returns them."""
+        self._keep(named)
+        return named
 
     def training_means(self, marks: Mapping[str, int]) -> dict[str, float]:
         """Means of the training metrics since each had the length that `marks` says."""

@@ -50,9 +50,9 @@ class Draft:
         self.gathers = (
             settings.shuffle and not settings.single and stays(settings.train_dataset, first["train"], RESIDENT_BYTES)
         )
-        with_outputs, by_average = settings.plot_pipe is not None, settings.ema_eval
+        with_outputs = settings.plot_pipe is not None or any(map(checks.wants_outputs, settings.hooks))
         self.programs = Programs(
-            engine, self.recipe, self.plan.room, with_outputs, first["train"], by_average, self.gathers
+            engine, self.recipe, self.plan.room, with_outputs, first["train"], settings.ema_eval, self.gathers
         )
 
     def room(self, split: str) -> int:

@@ -18,7 +18,7 @@ from learnax.checks import Settings
 from learnax.cluster.processes import processes_of
 from learnax.cluster.stops import Stops
 from learnax.data import Feed, Flow, Gathered, Loader, Order, Repeated, Split, Stream, tell_of_generators
-from learnax.engine import BATCHES, SAME, Engine
+from learnax.engine import BATCHES, SAME, Engine, Wanted
 from learnax.engine.accounts import ledger_of
 from learnax.engine.cache import use_cache
 from learnax.engine.fit import Fit as Fit
@@ -26,7 +26,18 @@ from learnax.engine.plan import RESIDENT_BYTES
 from learnax.engine.preflight import Flight
 from learnax.engine.preflight import Preflight as Preflight
 from learnax.engine.targets import target_of
-from learnax.hooks import BestSaver, Hooks, ModelSaver, Plotter, Sampler, StateSaver, Validation, sample_params
+from learnax.hooks import (
+    BestSaver,
+    Ground,
+    Hooks,
+    ModelSaver,
+    Plotter,
+    Sampler,
+    StateSaver,
+    Users,
+    Validation,
+    sample_params,
+)
 from learnax.log import Log, named_run, runs_of
 from learnax.parts.draft import Draft
 from learnax.parts.facts import Facts
@@ -43,7 +54,7 @@ from learnax.registry import Registry
 from learnax.sinks import Report, Sink
 from learnax.sinks.report import report
 from learnax.step import evaluated
-from learnax.utils import PyTree
+from learnax.utils import PyTree, any_key
 from learnax.utils.names import expanded
 
 _matters = itertools.count()  # of this process: all processes make the same calls in the same order
@@ -74,7 +85,8 @@ class Parts:
         checkpointer: the run's saves; or None.
         progress: where it stands.
         weights: its parameters, by what a user calls them.
-        hooks: what it does between its steps.
+        users: the user's hooks.
+        hooks: what it does between its steps, the user's hooks among it.
         validation: what it does after some of its epochs.
         profiler: the windows of steps that a profiler looks at.
         watchdog: tells where a run hangs.
@@ -118,9 +130,15 @@ class Parts:
         self.checkpointer = self._checkpointer()
         train = self.loaders["train"]
         flow = train if isinstance(train, Flow) else None
-        self.progress = Progress(settings, self.origin, self.engine, self.programs, self.log, self.checkpointer, flow)
+        self.users = self._users(traced, list(splits))
+        self.progress = Progress(
+            settings, self.origin, self.engine, self.programs, self.log, self.checkpointer, self.users, flow
+        )
         self.weights = Weights(settings, self.engine, self.programs, self.progress, self.checkpointer)
         self.hooks = self._hooks(traced)
+        if self.users.probes:  # what is wrong with one is told before anything is compiled
+            for kind, _, args in self._probes(self.origin.shapes(), any_key()):
+                self.engine.look(kind, args)
         self.validation = Validation(
             settings, self.loaders, self.engine, self.programs, self.phases, self.stops, shown=self.processes.first
         )
@@ -136,7 +154,13 @@ class Parts:
         wanted = self.draft.wanted(progress.live, progress.seq, self._sizes)
         seen, batch = evaluated(progress.shapes.params, progress.shapes), self.draft.batches(self.settings.batch_size)
         wanted += [show.wanted(seen, batch) for show in self.hooks.shows if isinstance(show, Sampler)]
+        wanted += self._probes(progress.live, progress.seq)
         self.engine.prepare(wanted)
+
+    def _probes(self, live: Any, seq: Any) -> list[Wanted]:
+        """The programs of the hooks' probes, for a state as training takes it, or for its shapes."""
+        block = self.draft.batches(self.draft.room("train"), self.settings.batch_size)
+        return [self.programs.wanted_probe(kind, live, seq, block) for kind in self.users.probes.values()]
 
     def sync(self) -> None:
         """Puts the trained values into the user's object, where that holds values."""
@@ -333,6 +357,9 @@ class Parts:
                     unwrap,
                 )
             )
+        if self.users:
+            self.users.stand_on(self._ground())
+            hooks.shows.append(self.users)
         if settings.save_model is not None:
             hooks.saves.append(ModelSaver(settings.save_every, voice(settings.save_model), self.engine))
         if self.checkpointer is not None:
@@ -340,6 +367,26 @@ class Parts:
             hooks.saves.append(StateSaver(self.checkpointer, resume_point))
             hooks.ends.append(BestSaver(self.checkpointer, settings.best_metric_name, self.log.metrics, resume_point))
         return hooks
+
+    def _users(self, traced: checks.Traced, splits: list[str]) -> Users:
+        settings = self.settings
+        checks.check_watched(settings.hooks, traced.metrics, splits, train_only=settings.train_only)
+        return Users(settings.hooks, self.processes, traced.metrics, validates=len(splits) > 1)
+
+    def _ground(self) -> Ground:
+        return Ground(
+            self.engine,
+            self.first["train"].unwrap,
+            self.settings.run,
+            self.log,
+            self.processes,
+            self.checkpointer,
+            self.stops.ask,
+            self.progress.resume_point,
+            self.progress.scale_rate,
+            self.progress.check_rate,
+            self.programs.probe,
+        )
 
     def _profile_folder(self) -> Path:
         folder = Path("learnax-profile") if self.checkpointer is None else self.checkpointer.path.parent / "profile"

@@ -20,9 +20,22 @@ from learnax.checks.settings import Settings
 from learnax.data import Flow
 from learnax.engine import SAME, Engine
 from learnax.engine.programs import Programs
+from learnax.hooks import Users
 from learnax.log import Log
 from learnax.models import Model
-from learnax.step import Init, Packed, fresh_state, hyperparams, key_pair, split, wide, with_axis, with_rate
+from learnax.step import (
+    Init,
+    LearningRate,
+    Packed,
+    fresh_state,
+    hyperparams,
+    key_pair,
+    scaled_rates,
+    split,
+    wide,
+    with_axis,
+    with_rate,
+)
 from learnax.step.state import TrainState, as_train_state
 from learnax.utils import PyTree
 
@@ -141,10 +154,12 @@ class Progress:
         programs: pack the state.
         log: has the step, and the metrics.
         checkpointer: has what a run goes on from; or None.
+        users: the user's hooks, whose state goes on, too.
         flow: the stream of the training data; None where they have numbers.
 
     Attributes:
         position: the place in the data.
+        rate_factor: what hooks have multiplied the learning rate by.
         places: where the state's arrays lie, until the first dispatch on it has shown which it updates in place.
     """
 
@@ -156,6 +171,7 @@ class Progress:
         programs: Programs,
         log: Log,
         checkpointer: Checkpointer | None,
+        users: Users,
         flow: Flow | None = None,
     ):
         self._flow = flow
@@ -165,10 +181,12 @@ class Progress:
         self._engine = engine
         self._log = log
         self._checkpointer = checkpointer
+        self._users = users
         self._live: TrainState | Packed | None = None
         self._seen: TrainState | None = None  # what the live state came to when it was looked at
         self._seq_data: jax.Array | None = None
         self.position = Position()
+        self.rate_factor = 1.0
         self.places: dict[str, list[int]] = {}
 
     @property
@@ -278,6 +296,24 @@ class Progress:
                 ", ".join([*moved[:10], *(["and others"] if len(moved) > 10 else [])]),
             )
 
+    def scale_rate(self, factor: float) -> None:
+        """Multiplies the learning rate that the optimiser keeps.
+
+        Raises:
+            ValueError: it keeps none, or one that follows a schedule.
+        """
+        state, rate = self.state, self._settings.learning_rate
+        opt_state = scaled_rates(state.opt_state, factor)
+        self.rate_factor *= factor
+        if self._settings.own_optimizer:  # by one product, as a run does that goes on from a checkpoint
+            opt_state = with_rate(_scaled(rate, self.rate_factor), opt_state)
+        self.state = state._replace(opt_state=opt_state)
+        self.places = {}  # that the next step updates it in place was seen before
+
+    def check_rate(self) -> None:
+        """Raises ValueError where `scale_rate` would; nothing is computed."""
+        jax.eval_shape(lambda opt_state: scaled_rates(opt_state, 1.0), self.shapes.opt_state)
+
     def begin(self, state: Any = None) -> None:
         """Makes the state where there is none: from the checkpoint asked for, or fresh.
 
@@ -300,6 +336,8 @@ class Progress:
             "position": dataclasses.asdict(self.position) | self._stream(),
             "history": self._log.metrics,
             "script": self._settings.script(),
+            "hooks": self._users.state(),
+            "rate_factor": self.rate_factor,
         }
 
     def _stream(self) -> dict[str, Any]:
@@ -339,8 +377,10 @@ class Progress:
         self.state = fresh._replace(params=params, model_state=carried, ema=ema)
 
     def _go_on(self, state: TrainState, step: int, resume: Any) -> None:
+        self.rate_factor = resume.get("rate_factor", 1.0) if resume else 1.0
         if self._settings.own_optimizer:  # only of that one the rate is sure to be the argument `learning_rate`
-            state = state._replace(opt_state=with_rate(self._settings.learning_rate, state.opt_state))
+            rate = _scaled(self._settings.learning_rate, self.rate_factor)
+            state = state._replace(opt_state=with_rate(rate, state.opt_state))
         else:
             self._tell_kept(state.opt_state)
         self.state = state
@@ -356,15 +396,19 @@ class Progress:
             if self._flow is not None:
                 self._flow.go_on(resume["position"].get("stream"), self.position.epoch, self.position.batch)
             self.seq = self._engine.put(jax.random.wrap_key_data(jnp.asarray(resume["rng"])), SAME)
+            self._users.restore(step, resume.get("hooks", {}))
 
     def _tell_kept(self, opt_state: PyTree) -> None:
         """Names the hyperparameters that the script gives otherwise than the state that was read."""
         kept = hyperparams(opt_state)
         if not kept:
             return
+        given = self._origin.hyperparams()
+        if self.rate_factor != 1:
+            given = {name: value for name, value in given.items() if not name.startswith("learning_rate")}
         lines = [
             f"{name} is {np.asarray(kept[name]):g} in the checkpoint and {np.asarray(value):g} in the script"
-            for name, value in self._origin.hyperparams().items()
+            for name, value in given.items()
             if np.ndim(value) == 0 and name in kept and np.asarray(kept[name]) != np.asarray(value)
         ]
         if lines:
@@ -373,6 +417,11 @@ class Progress:
                 "another one into trainer.train_state.opt_state to change it",
                 "; ".join(lines),
             )
+
+
+def _scaled(rate: LearningRate | None, factor: float) -> LearningRate | None:
+    """A rate times a factor; a schedule as it is, for none is scaled."""
+    return rate if rate is None or callable(rate) else rate * factor
 
 
 def _of_weights(shapes: TrainState, average: bool) -> TrainState:

@@ -38,6 +38,9 @@ from learnax.step.optimizers import (
     in_pairs as in_pairs,
 )
 from learnax.step.optimizers import (
+    scaled_rates as scaled_rates,
+)
+from learnax.step.optimizers import (
     takes_pairs as takes_pairs,
 )
 from learnax.step.optimizers import (
@@ -49,6 +52,8 @@ from learnax.step.packed import packs as packs
 from learnax.step.patterns import ByPattern as ByPattern
 from learnax.step.patterns import split as split
 from learnax.step.prediction import predict_many as predict_many
+from learnax.step.probing import View as View
+from learnax.step.probing import probe as probe
 from learnax.step.recipe import AXIS as AXIS
 from learnax.step.recipe import Recipe as Recipe
 from learnax.step.recipe import wide as wide

@@ -88,6 +88,22 @@ def apply(
     }
 
 
+def looked_into(
+    recipe: Recipe, packing: Packing, state: TrainState, share: Share, loss_at: Callable[[], Callable[..., jax.Array]]
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Gradients as they come, updates, and the parameters after them, of what `apply` would apply; nothing is guarded.
+
+    Args: as for `apply`.
+    """
+    _, norm, _ = _measured(packing, share.grads, selects=recipe.selects)
+    loss = finished(share.parts)["loss"]
+    extra = _extra(packing, share, loss, loss_at) if known_of(recipe, state) is None else {}
+    after = followed(recipe, state.model_state, share.model_state)
+    updates, _ = _updates(_Step(recipe, packing, share.grads, norm, after, extra), state)
+    trained, whole = split(recipe.optimizer, state.params)
+    return packing.unpack(share.grads), updates, whole(_applied(trained, updates))
+
+
 def _extra(
     packing: Packing, share: Share, loss: jax.Array, loss_at: Callable[[], Callable[..., jax.Array]]
 ) -> dict[str, Any]:

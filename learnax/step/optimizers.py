@@ -71,15 +71,44 @@ def with_rate(learning_rate: LearningRate | None, opt_state: Any) -> Any:
     return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
 
 
+def scaled_rates(opt_state: PyTree, factor: float) -> PyTree:
+    """An optimiser's state with each learning rate that it keeps multiplied.
+
+    Raises:
+        ValueError: it keeps none, or one that follows a schedule.
+    """
+    found: list[str] = []
+
+    def scaled(node: Any) -> Any:
+        if not _keeps(node) or "learning_rate" not in node.hyperparams:
+            return node
+        if "learning_rate" in node.hyperparams_states:
+            raise ValueError(
+                "the learning rate follows a schedule, which says it anew at each step: scale the schedule"
+            )
+        found.append("learning_rate")
+        rate = node.hyperparams["learning_rate"]
+        return node._replace(hyperparams={**node.hyperparams, "learning_rate": rate * jnp.asarray(factor, rate.dtype)})
+
+    state = jax.tree.map(scaled, opt_state, is_leaf=_keeps)
+    if not found:
+        raise ValueError(
+            "the optimizer keeps no learning rate in its state: optax.inject_hyperparams(optax.sgd)(learning_rate=0.1) "
+            "is one that does, and so is the default one"
+        )
+    return state
+
+
+def _keeps(node: Any) -> bool:
+    """Whether a part of an optimiser's state has hyperparameters (`optax.inject_hyperparams`)."""
+    return hasattr(node, "hyperparams") and hasattr(node, "hyperparams_states")
+
+
 def hyperparams(opt_state: Any) -> dict[str, Any]:
     """The hyperparameters that an optimiser's state keeps (`optax.inject_hyperparams`), without scheduled ones."""
-
-    def keeps(node: Any) -> bool:
-        return hasattr(node, "hyperparams") and hasattr(node, "hyperparams_states")
-
     found: dict[str, Any] = {}
-    for path, node in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=keeps):
-        if keeps(node):
+    for path, node in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_keeps):
+        if _keeps(node):
             where = f" at {jax.tree_util.keystr(path)}" if path else ""
             constant = {name: value for name, value in node.hyperparams.items() if name not in node.hyperparams_states}
             found |= {f"{name}{where}": value for name, value in constant.items()}

@@ -88,13 +88,13 @@ def _step(
 ) -> tuple[TrainState, dict[Any, jax.Array], Any]:
     """One guarded update from the batches that `take` gives."""
     params = packing.unpack(state.params) if packing.params else state.params
-    share, outputs = _of_all(recipe, packing, with_outputs, state, params, take)
-    value = functools.partial(_loss_at, recipe, packing, state, take)
+    share, outputs = of_all(recipe, packing, with_outputs, state, params, take)
+    value = functools.partial(loss_at, recipe, packing, state, take)
     state, scalars = apply(recipe, packing, state, share, value)
     return state, scalars, outputs
 
 
-def _of_all(
+def of_all(
     recipe: Recipe, packing: Packing, with_outputs: bool, state: TrainState, params: PyTree, take: Take
 ) -> tuple[Share, Any]:
     """What all accumulated batches come to on all devices, with packed gradients; and the last one's outputs."""
@@ -147,7 +147,7 @@ def _all_weights(recipe: Recipe, state: TrainState, params: PyTree, take: Take) 
     return sum_over_devices(recipe, jax.lax.fori_loop(0, recipe.accumulate, add, zeros))
 
 
-def _loss_at(recipe: Recipe, packing: Packing, state: TrainState, take: Take) -> Callable[[PyTree], jax.Array]:
+def loss_at(recipe: Recipe, packing: Packing, state: TrainState, take: Take) -> Callable[[PyTree], jax.Array]:
     """The step's loss as a function of what is trained, for optimisers that ask for it.
 
     Its gradient is that of the whole step, over accumulated batches and devices.
@@ -155,7 +155,7 @@ def _loss_at(recipe: Recipe, packing: Packing, state: TrainState, take: Take) ->
     whole = split(recipe.optimizer, state.params)[1]
 
     def shares(trained: PyTree) -> Share:
-        return _of_all(recipe, packing, False, state, whole(trained), take)[0]
+        return of_all(recipe, packing, False, state, whole(trained), take)[0]
 
     def plain(trained: PyTree) -> jax.Array:
         return told_loss(shares(trained).parts)

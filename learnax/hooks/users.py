@@ -1,0 +1,325 @@
+"""The user's hooks: when one of them is due, what they are given, what becomes of what they return and ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from learnax import checks
+from learnax.cluster.processes import Processes
+from learnax.cluster.stops import EndError
+from learnax.engine import Kind
+from learnax.hooks.due import Point
+from learnax.hooks.given import Hook, HookError
+from learnax.hooks.moment import Asked, Ground, Moment
+from learnax.hooks.plain import plain
+from learnax.hooks.probe import Probe
+
+_logger = logging.getLogger("learnax")
+VALIDATION = "validation/"
+"""What the values that hooks return after a validation are kept under."""
+
+
+class _Known:
+    """A hook, with the defaults of what it lacks.
+
+    Args:
+        hook: with `next_due`, and callable.
+        name: see `learnax.checks.hook_name`.
+    """
+
+    def __init__(self, hook: Any, name: str):
+        self.hook, self.name = hook, name
+        self.everywhere, self.outputs = bool(getattr(hook, "everywhere", False)), checks.wants_outputs(hook)
+        self.kept: Any = None
+
+    def has(self, method: str) -> bool:
+        """Whether it does something of its own there."""
+        own = getattr(type(self.hook), method, None)
+        return own is not None and own is not getattr(Hook, method)
+
+    @property
+    def text(self) -> str:
+        """What errors call it."""
+        return f"hook {self.name!r}"
+
+
+class Users:
+    """Calls the user's hooks. Of several processes all go through it alike, whichever of them call a hook.
+
+    Args:
+        hooks: checked.
+        processes: of the run.
+        metrics: names of the losses' metrics.
+        validates: whether there is anything to validate.
+
+    Attributes:
+        probes: programs of the probes among them, by the hooks' names.
+        asked: what hooks have asked for since `act` was called.
+    """
+
+    def __init__(self, hooks: Sequence[Any], processes: Processes, metrics: Collection[str], *, validates: bool):
+        self._known = [_Known(hook, checks.hook_name(hook)) for hook in hooks]
+        self.probes: dict[str, Kind] = {}
+        self._probed: dict[str, dict[str, jax.Array]] = {}
+        self._processes = processes
+        self._taken = metrics
+        self._broken: set[str] = set()
+        self._from, self._until = 0, -math.inf
+        self._answers: list[float] = []
+        self._held: Ground | None = None
+        self.asked = Asked()
+        self._metrics: Mapping[str, float] = {}
+        if not validates:
+            for known in self._known:
+                if known.has("after_validation"):
+                    _logger.warning("%s waits for validations, but this run has none", known.text)
+        self.state()  # what is no plain data is told of before anything is trained
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def stand_on(self, ground: Ground) -> None:
+        """Tells what they act on; nothing is called before."""
+        self._held = ground
+        self.probes = {
+            known.name: ground.probe(known.name, known.hook.look)
+            for known in self._known
+            if isinstance(known.hook, Probe)
+        }
+
+    # ---- at steps
+
+    def next_due(self, step: int) -> float:
+        """The first step after this one at which something is to be done; hooks are asked where that is not known."""
+        if not self._from <= step < self._until:
+            self._ask(step)
+        return self._until
+
+    def probe(self, step: int, dispatch: Callable[[Kind], dict[str, jax.Array]]) -> None:
+        """Dispatches the probes that look into the step after `step`; it is known that this many were made."""
+        due = [known.name for known, answer in self._answered() if answer == step + 1 and known.name in self.probes]
+        self._probed = {name: dispatch(self.probes[name]) for name in due}
+
+    def __call__(self, point: Point) -> dict[str, float]:
+        """Calls the hooks that are due at this step; returns what joins its metrics."""
+        due = [known for known, answer in self._answered() if answer == point.step]
+        self._until = -math.inf  # whatever a call may have changed
+        if not due:
+            return {}  # before a step that a probe looks into
+        metrics = {name if name.startswith("grads/") else f"train/{name}": v for name, v in point.metrics.items()}
+        return self._agreed(due, "step", point, metrics)
+
+    # ---- at other places
+
+    def validated(self, point: Point) -> dict[str, float]:
+        """Calls the hooks after a validation; returns what is kept beside its metrics, by full names."""
+        due = [known for known in self._known if known.has("after_validation")]
+        if not due:
+            return {}
+        self._until = -math.inf
+        values = self._agreed(due, "validation", point, point.metrics)
+        for name in values:
+            if f"{VALIDATION}{name}" in point.metrics:
+                raise HookError(f"after step {point.step}, a hook returned {name!r}, as the set 'validation' reports")
+        return {f"{VALIDATION}{name}": value for name, value in values.items()}
+
+    @contextlib.contextmanager
+    def framing(self, here: Callable[[], Point]) -> Iterator[None]:
+        """Calls the hooks' `begin`, and their `end` where what is inside ends well, or by a stop of a hook or the time.
+
+        Args:
+            here: gives the place in the run, with all of its metrics.
+        """
+        self._at("begin", here)
+        try:
+            yield
+        except EndError:
+            self._at("end", here)
+            raise
+        self._at("end", here)
+
+    def _at(self, kind: str, here: Callable[[], Point]) -> None:
+        due = [known for known in self._known if known.has(kind)]
+        if due:
+            self._until = -math.inf
+            point = here()
+            self._agreed(due, kind, point, point.metrics)
+            self.act(point)
+
+    # ---- what comes of it
+
+    def act(self, point: Point) -> None:
+        """Does what hooks have asked for: first the rate, so that a checkpoint has it, last the stop."""
+        asked, self.asked = self.asked, Asked()
+        if not asked:
+            return
+        ground = self._ground
+        if asked.factor != 1:
+            ground.scale_rate(asked.factor)
+        for name in asked.saves:
+            assert ground.checkpointer is not None  # `Moment.save` has looked
+            if name is None:
+                ground.checkpointer.save_latest(point.state, point.step, resume=ground.resume_point())
+            else:
+                resume = ground.resume_point()
+                ground.checkpointer.save_checkpoint(point.state, point.step, self._metrics, suffix=name, resume=resume)
+        if asked.stop is not None:
+            ground.stop(asked.stop)
+
+    def state(self) -> dict[str, Any]:
+        """What the hooks keep in a checkpoint, by their names.
+
+        Raises:
+            HookError: something that is no plain data. After that, the last that was is kept: the run can be saved.
+        """
+        for known in self._known:
+            if known.name not in self._broken:
+                try:
+                    own = known.hook.state() if known.has("state") else None
+                    known.kept = plain(own)
+                except Exception as error:
+                    self._broken.add(known.name)
+                    raise HookError(f"{known.text}: its state() cannot be kept in a checkpoint: {error}") from error
+        return {known.name: known.kept for known in self._known if known.kept is not None}
+
+    def restore(self, step: int, kept: Mapping[str, Any]) -> None:
+        """Gives hooks the state that a checkpoint has of them; tells of each that goes on without.
+
+        Args:
+            step: of the checkpoint.
+            kept: what `state` returned.
+        """
+        left = dict(kept)
+        for known in self._known:
+            if known.name not in left:
+                if known.kept is not None:
+                    _logger.warning("%s has no state in the checkpoint of step %d: it begins anew", known.text, step)
+                continue
+            try:
+                known.hook.restore(left.pop(known.name))
+            except Exception as error:
+                _logger.warning(
+                    "%s could not take its state from the checkpoint of step %d, and begins anew: %s: %s",
+                    *(known.text, step, type(error).__name__, error),
+                )
+        for name in left:
+            _logger.warning("the checkpoint of step %d has a state of hook %r, which this run has not", step, name)
+
+    # ---- details
+
+    @property
+    def _ground(self) -> Ground:
+        assert self._held is not None
+        return self._held
+
+    def _answered(self) -> Iterator[tuple[_Known, float]]:
+        return zip(self._known, self._answers, strict=True)
+
+    def _ask(self, step: int) -> None:
+        """Asks each hook; of several processes the first one's answers count, for they are cut alike."""
+        answers = [self._answer(known, step) for known in self._known] if self._processes.first else []
+        self._answers = json.loads(self._processes.from_first(json.dumps(answers)))
+        # A step that a probe looks into is a dispatch of its own, from the one before it on.
+        edges = (
+            answer - 1 if known.name in self.probes and answer - 1 > step else answer
+            for known, answer in self._answered()
+        )
+        self._from, self._until = step, min(edges, default=math.inf)
+
+    def _answer(self, known: _Known, step: int) -> float:
+        with self._raised(known, "next_due()", step):
+            answer = known.hook.next_due(step)
+        number: Any = answer.item() if isinstance(answer, np.generic) else answer
+        right = isinstance(number, (int, float)) and not isinstance(number, bool) and number > step
+        if not right or not (number == math.inf or number == int(number)):
+            raise HookError(
+                f"{known.text}: next_due({step}) must be a step after {step}, as a whole number, or infinity for none, "
+                f"but is {answer!r}"
+            )
+        return float(number)
+
+    def _agreed(self, due: Sequence[_Known], kind: str, point: Point, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Calls hooks, and has all processes know what came of it."""
+        asked, values = Asked(), dict[str, float]()
+        for known in due:
+            if known.everywhere or self._processes.first:
+                values |= self._values(known, kind, point, self._call(known, kind, point, metrics, asked), values)
+        if self._processes.count > 1:
+            told = json.dumps([values, dataclasses.asdict(asked)])
+            all_told = [json.loads(text) for text in self._processes.exchange("what hooks gave", told)]
+            values, asked = all_told[0][0], Asked(**all_told[0][1])
+            for _, more in all_told[1:]:
+                asked.add(Asked(**more))
+        self.asked, self._metrics = asked, metrics
+        return values
+
+    def _call(self, known: _Known, kind: str, point: Point, metrics: Mapping[str, float], asked: Asked) -> Any:
+        moment = Moment(
+            *(point, self._ground, known.name, kind, metrics, asked),
+            everywhere=known.everywhere,
+            outputs=known.outputs,
+        )
+        # What a hook keeps of the moment must not keep the next step from updating the state in place.
+        method = {"step": "__call__", "validation": "after_validation"}.get(kind, kind)
+        try:
+            with self._raised(known, f"{method}()", point.step):
+                if kind == "step" and known.name in self.probes:
+                    values = self._probed[known.name]
+                    return known.hook.seen(moment, jax.tree.map(self._ground.engine.host_copy, values))
+                return getattr(known.hook, method)(moment)
+        finally:
+            moment.over()
+
+    @contextlib.contextmanager
+    def _raised(self, known: _Known, what: str, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise HookError(f"{known.text} failed in {what} at step {step}: {checks.raised(error)}") from error
+
+    def _values(
+        self, known: _Known, kind: str, point: Point, returned: Any, others: Mapping[str, float]
+    ) -> dict[str, float]:
+        """The metrics that a hook returned, as numbers."""
+        if returned is None:
+            return {}
+        who = f"{known.text}, at step {point.step}, returned"
+        wanted = "a hook returns a dict of numbers, which join the metrics, or None"
+        if not isinstance(returned, Mapping):
+            raise HookError(f"{who} {checks.what_is(returned)}, but {wanted}")
+        if kind in ("begin", "end"):
+            raise HookError(f"{who} metrics in {kind}(), where no step is that they could join; moment.log takes a row")
+        values = {}
+        for name, value in returned.items():
+            try:
+                checks.check_metric(who, known.name, name, self._taken)
+            except (TypeError, ValueError) as error:
+                raise HookError(str(error)) from None
+            if name in others:
+                raise HookError(f"{who} a metric {name!r}, as another hook did at that step; rename one of them")
+            if name in point.metrics and kind == "step":
+                raise HookError(f"{who} a metric {name!r}, which the step has already; rename it")
+            number = _number(value)
+            if number is None:
+                raise HookError(f"{who} for {name!r} {checks.what_is(value)}, but {wanted}; moment.log takes a row")
+            values[name] = number
+        return values
+
+
+def _number(value: Any) -> float | None:
+    """A scalar as a float; None for anything else."""
+    try:
+        if value is None or isinstance(value, str) or np.ndim(value):
+            return None
+        return float(value)
+    except (TypeError, ValueError):
+        return None

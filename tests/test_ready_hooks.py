@@ -1,0 +1,154 @@
+"""The hooks that are there to be used, each by its effect on a run."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from learnax.hooks import (
+    AfterValidation,
+    At,
+    EarlyStop,
+    GradientHistogram,
+    SaveBest,
+    ScaleRateOnPlateau,
+    Timer,
+    UpdateRatio,
+)
+from learnax.utils import leaves_by_path
+from tests.helpers import MemoryRun, assert_trees_equal, make_data, make_trainer
+
+HELD_OUT = {"val_datasets": [make_data(16, 1)]}
+RISING = {"learning_rate": 0.5, "num_epochs": 8, **HELD_OUT}
+"""A rate at which the loss of validation soon gets no better."""
+
+
+def stopped_by(values, patience, min_delta=0.0, mode="min"):
+    """After how many validations a run of such values is to end."""
+    best, since = math.inf, 0
+    for number, value in enumerate(values, 1):
+        value = value if mode == "min" else -value
+        best, since = (value, 0) if value < best - min_delta else (best, since + 1)
+        if since >= patience:
+            return number
+    return len(values)
+
+
+@pytest.mark.parametrize(("patience", "min_delta", "mode"), [(1, 0.0, "min"), (2, 0.1, "min"), (2, 0.0, "max")])
+def test_early_stop_ends_a_run_that_gets_no_better(caplog, patience, min_delta, mode):
+    whole = make_trainer(**RISING)
+    whole.train()
+    losses = whole.metrics["val/loss"]
+    wanted = stopped_by(losses, patience, min_delta, mode)
+    assert 1 < wanted < 8
+    trainer = make_trainer(hooks=[EarlyStop("val/loss", patience, min_delta, mode)], **RISING)
+    trainer.train()
+    assert trainer.metrics["val/loss"] == losses[:wanted]
+    assert trainer.train_state.step == 5 * wanted
+    assert f"stopped at step {5 * wanted} by hook 'EarlyStop': val/loss has got no better than " in caplog.text
+
+
+def test_early_stop_counts_on_after_a_resume():
+    whole = make_trainer(**RISING)
+    whole.train()
+    wanted = stopped_by(whole.metrics["val/loss"], 3)
+    hook = AfterValidation(lambda m: m.stop("first") if m.step == 5 * (wanted - 1) else None)
+    options = RISING | {"registry": "r"}
+    make_trainer(hooks=[EarlyStop("val/loss", 3), hook], **options).train()
+    again = make_trainer(hooks=[EarlyStop("val/loss", 3)], load_checkpoint=True, **options)
+    assert again.log.step == 5 * (wanted - 1)
+    again.train()
+    assert again.metrics["val/loss"] == whole.metrics["val/loss"][:wanted]
+
+
+def test_the_rate_is_scaled_where_a_metric_gets_no_better():
+    trainer = make_trainer(hooks=[ScaleRateOnPlateau("val/loss", 1, 0.1)], **RISING)
+    trainer.train()
+    rates, losses, best = [0.5], trainer.metrics["val/loss"], math.inf
+    for loss in losses[:-1]:
+        rates.append(rates[-1] if loss < best else rates[-1] * 0.1)
+        best = min(best, loss)
+    assert rates[-1] < 0.5
+    np.testing.assert_allclose(trainer.metrics["train/learning_rate"], np.repeat(rates, 5), rtol=1e-5)
+
+
+def test_the_best_checkpoints_are_kept():
+    run = MemoryRun()
+    options = RISING | {"registry": "r", "run": run, "save_every": 100, "checkpoint_every": 100}
+    trainer = make_trainer(hooks=[SaveBest(2, "val/loss")], **options)
+    trainer.train()
+    losses = trainer.metrics["val/loss"]
+    best = set(np.argsort(losses, kind="stable")[:2])
+    there = trainer.checkpointer.list_available_checkpoints()
+    assert {name for name in there if isinstance(name, str)} == {"latest", "SaveBest-1", "SaveBest-2"}
+    kept = [trainer.checkpointer.load(f"SaveBest-{place}") for place in (1, 2)]
+    assert {save["step"] // 5 - 1 for save in kept} == best
+    for save in kept:
+        assert save["metrics"]["val/loss"] == losses[save["step"] // 5 - 1]
+    # A run that goes on from one of them validates to the same.
+    again = make_trainer(load_checkpoint="SaveBest-1", hooks=[SaveBest(2, "val/loss")], **options)
+    assert again.log.step == kept[0]["step"]
+    assert_trees_equal(again.train_state.params, kept[0]["state"].params)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_ratio_of_updates_is_that_of_the_step(count):
+    params = {}
+    hooks = [UpdateRatio(5), At([4, 5], lambda m: params.update({m.step: leaves_by_path(m.params)}))]
+    trainer = make_trainer(hooks=hooks, devices=jax.devices()[:count])
+    trainer.train()
+    assert len(params[4]) == 4
+    for path, before in params[4].items():
+        ratio = np.linalg.norm(params[5][path] - before) / np.linalg.norm(before)
+        values = trainer.metrics[f"train/UpdateRatio/{path}"]
+        assert len(values) == 2
+        np.testing.assert_allclose(values[0], ratio, rtol=1e-2)
+
+
+def test_histograms_of_gradients_go_to_the_run():
+    run = MemoryRun()
+    make_trainer(hooks=[GradientHistogram(5, bins=32)], run=run).train()
+    rows = [row for row in run.rows if "GradientHistogram/Dense_0/kernel" in row]
+    assert [row["step"] for row in rows] == [5, 10]
+    norms = {row["step"]: row for row in run.rows if "grads/Dense_1/bias" in row}
+    for row in rows:
+        counts, edges = row["GradientHistogram/Dense_0/kernel"]
+        assert (counts.sum(), len(counts), len(edges)) == (8 * 16, 32, 33)
+        counts, edges = row["GradientHistogram/Dense_1/bias"]
+        assert counts.sum() == 3
+        # The norm lies between those that the edges of the bins say.
+        low, high = (np.sqrt((counts * 10.0 ** (2 * side)).sum()) for side in (edges[:-1], edges[1:]))
+        assert low <= norms[row["step"]]["grads/Dense_1/bias"] <= high
+
+
+def test_the_timer_tells_seconds_per_step():
+    trainer = make_trainer(hooks=[Timer(4)])
+    trainer.train()
+    assert len(trainer.metrics["train/seconds per step"]) == 2
+    assert all(value > 0 for value in trainer.metrics["train/seconds per step"])
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted"),
+    [
+        (lambda: EarlyStop("val/loss", 0), "^EarlyStop: patience must be a whole number above 0, but is 0$"),
+        (lambda: EarlyStop("val/loss", 1, mode="least"), "^mode must be 'min' or 'max', but is 'least'$"),
+        (lambda: EarlyStop("val/loss", 1, -1.0), "^min_delta must be 0 or more, but is -1.0$"),
+        (
+            lambda: ScaleRateOnPlateau("val/loss", 1, 1.5),
+            "^ScaleRateOnPlateau: factor must be above 0 and below 1, but",
+        ),
+        (lambda: SaveBest(0, "val/loss"), "^SaveBest: k must be a whole number above 0, but is 0$"),
+        (lambda: Timer(None), "^Timer: every must be a whole number above 0, but is None$"),
+    ],
+)
+def test_what_makes_no_hook_is_an_error(make, wanted):
+    with pytest.raises((TypeError, ValueError), match=wanted):
+        make()
+
+
+def test_a_metric_that_nothing_produces_is_named_with_what_there_is():
+    wanted = r"^hook 'EarlyStop': the metric 'val/los' is produced by no split of this run; there are: .*, val/loss, "
+    with pytest.raises(ValueError, match=wanted):
+        make_trainer(hooks=[EarlyStop("val/los", 2)], **HELD_OUT)
