@@ -377,7 +377,7 @@ class Parts:
         return Ground(
             self.engine,
             self.first["train"].unwrap,
-            self.settings.run,
+            self.log.voice,
             self.log,
             self.processes,
             self.checkpointer,
