@@ -64,6 +64,8 @@ def progress_bar(total: int | None, done: int = 0, *, shown: bool, what: str, pa
         what: what is done.
         passing: whether it is gone when it is over, and comes only where that takes more than a second.
     """
+    if os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false"):
+        shown = False  # tqdm's own bars for notebooks do not ask
     options: dict[str, Any] = {"total": total, "initial": done, "desc": f"{what}: ", "dynamic_ncols": True}
     if not shown:
         return _Drawn(tqdm(**options, disable=True))
@@ -72,12 +74,12 @@ def progress_bar(total: int | None, done: int = 0, *, shown: bool, what: str, pa
         from tqdm.notebook import tqdm as notebook_tqdm
 
         try:
-            return _Drawn(notebook_tqdm(**options))
+            return _Drawn(notebook_tqdm(**options), passing=passing)
         except ImportError:
             _logger.warning("no ipywidgets in this notebook's environment: the progress bar is plain text")
     elif not sys.stderr.isatty():
         return _Lines(total, done, what, passing=passing)
-    return _Drawn(tqdm(**options, bar_format=_ENDLESS if total is None else _FORMAT))
+    return _Drawn(tqdm(**options, bar_format=_ENDLESS if total is None else _FORMAT), passing=passing)
 
 
 @contextlib.contextmanager
@@ -106,10 +108,11 @@ class _Drawn:
 
     Args:
         bar: it.
+        passing: see `progress_bar`.
     """
 
-    def __init__(self, bar: Any):
-        self._bar = bar
+    def __init__(self, bar: Any, *, passing: bool = False):
+        self._bar, self._passing = bar, passing
         self.shown = not bar.disable
 
     def describe(self, text: str) -> None:
@@ -125,7 +128,8 @@ class _Drawn:
         facts = [*facts[:1], *left, *facts[1:]]
         room = self._room()
         shown = [fact for number, fact in enumerate(facts) if len(", ".join(facts[: number + 1])) <= room]
-        self._bar.set_postfix_str(", ".join(shown))
+        # A bar that is drawn for this would come before its time.
+        self._bar.set_postfix_str(", ".join(shown), refresh=not self._passing)
 
     def close(self) -> None:
         self._bar.close()
@@ -155,7 +159,7 @@ class _Lines:
         self._passing = passing
         self._began = self._written = time.monotonic()
         self._facts: Sequence[str] = ()
-        self.shown = not os.environ.get("TQDM_DISABLE")
+        self.shown = True
 
     def describe(self, text: str) -> None:
         self._what = text
@@ -173,8 +177,6 @@ class _Lines:
             self._write()
 
     def _write(self) -> None:
-        if not self.shown:
-            return
         self._written = time.monotonic()
         share = f"/{self._total} ({self._done / self._total:.0%})" if self._total else ""
         left = _left(self._done - self._begun, self._total, self._done, self._written - self._began)
