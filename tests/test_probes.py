@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from learnax.hooks import At, Every, HookError, Probe
@@ -30,7 +31,11 @@ def norms(view):
         {"steps_per_execution": 1, "model": Noisy()},
         {"devices": 4, "model": Noisy()},
         {"devices": 4, "shard_state": True},
-        {"accumulate_steps": 2, "train_dataset": make_data(83), "optimizer": optax.lbfgs(memory_size=2)},
+        {
+            "accumulate_steps": 2,
+            "train_dataset": make_data(83),
+            "optimizer": optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau()),  # which asks for the loss
+        },
     ],
     ids=["fused", "single", "four", "divided", "accumulated"],
 )
