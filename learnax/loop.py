@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -46,7 +46,6 @@ class Loop:
             params = jax.tree.leaves(self._progress.shapes.params)
             self._log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
             with self._users.framing(self._here):
-                self.parts.stops.check_asked()
                 for epoch in range(self._progress.position.epoch, self._settings.num_epochs):
                     train_epoch(epoch)
 
@@ -83,8 +82,8 @@ class Loop:
         self._log.wait_for_room()
         first = bool(self._progress.places)
         phase = self._phases.first if first else self._phases.dispatch
-        if self._users.probes:
-            self._probe(block, start)
+        if self._users.look:
+            self._look(block, start, count)
         with self._profiler.steps(self._log.step_at_most, count), phase:
             live, seq, scalars, outputs = self._programs.train(
                 self._progress.live, self._progress.seq_data, block, start, count
@@ -114,11 +113,8 @@ class Loop:
             shows = due(self._hooks.shows, step)
             read, fetch = lambda: self._batch(block, batch), lambda: self._engine.whole(outputs)
             point = Point(step, epoch, self._progress.look, metrics, read, fetch)
-            if shows not in ([], [self._users]):
-                self._log.flush()  # so that plots always find the same rows logged, however fast the run is
-            with self._phases.plot:
-                for show in shows:
-                    metrics |= show(point)
+            for show in shows:
+                metrics |= self._shown(show, point)
         self._act(point)
         self._save(due(self._hooks.saves, step), point)
 
@@ -141,8 +137,15 @@ class Loop:
         self._save(due(self._hooks.ends, epoch + 1), point)
         self._profiler.leave(self._log.step, epoch + 1)
 
-    def _probe(self, block: Block, start: int) -> None:
-        """Dispatches what is to look into the next step, before that takes over the state."""
+    def _shown(self, show: Action, point: Point) -> Mapping[str, float]:
+        if show is not self._users:  # its hooks wait for this where they look at the run
+            self._log.flush()  # so that plots always find the same rows logged, however fast the run is
+        with self._phases.plot:
+            return show(point)
+
+    def _look(self, block: Block, start: int, count: int) -> None:
+        """Lets the user's hooks look at what is about to be trained on: probes, before a step takes over the state."""
+        self._users.remember(block.host, start, count, self._settings.accumulate_steps)
         live, seq = self._progress.live, self._progress.seq_data
         dispatch = lambda kind: self._programs.dispatch_probe(kind, live, seq, block, start)  # noqa: E731
         self._users.probe(self._log.step_at_most, dispatch)

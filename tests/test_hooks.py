@@ -3,17 +3,20 @@
 import collections
 import logging
 import math
+import re
 
 import jax
 import numpy as np
 import optax
 import pytest
 
+import learnax.hooks
 from learnax.hooks import AfterValidation, At, AtEnd, Every, Hook, HookError
 from learnax.loss import LossPipe
 from tests import peers
 from tests.helpers import (
     MLP,
+    ROOT,
     MemoryRun,
     Poisonable,
     StopAt,
@@ -398,6 +401,25 @@ def test_state_that_ceases_to_be_plain_ends_the_run_with_all_else_saved():
         trainer.train()
     again = make_trainer(hooks=[hook := Counter()], registry="r", load_checkpoint=True)
     assert (again.log.step, hook.calls) == (6, 1)  # the last state that was plain
+
+
+# ---- the page
+
+
+def test_what_the_page_shows_runs():
+    page = (ROOT / "README.md").read_text()
+    blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
+    (first,) = [block for block in blocks if block.startswith("import flax.linen")]
+    (between,) = [block for block in blocks if "learnax.hooks" in block]
+    script: dict[str, object] = {}
+    exec(first.split("trainer =")[0], script)
+    exec(between, script)
+    metrics = script["trainer"].metrics
+    assert len(metrics["train/largest"]) == 3
+    assert len(metrics["train/spread/outputs"]) == 1
+    table = page.split("| hook | what it does |")[1].split("\n\n")[0]
+    for name in re.findall(r"`([A-Z]\w+)\(", table):
+        assert hasattr(learnax.hooks, name), name
 
 
 # ---- several processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -16,12 +17,14 @@ import numpy as np
 from learnax import checks
 from learnax.cluster.processes import Processes
 from learnax.cluster.stops import EndError
+from learnax.data import copied
 from learnax.engine import Kind
 from learnax.hooks.due import Point
 from learnax.hooks.given import Hook, HookError
-from learnax.hooks.moment import Asked, Ground, Moment
+from learnax.hooks.moment import Asked, Ground, Moment, Trained
 from learnax.hooks.plain import plain
 from learnax.hooks.probe import Probe
+from learnax.utils import tree_unstack
 
 _logger = logging.getLogger("learnax")
 VALIDATION = "validation/"
@@ -40,6 +43,7 @@ class _Known:
         self.hook, self.name = hook, name
         self.everywhere, self.outputs = bool(getattr(hook, "everywhere", False)), checks.wants_outputs(hook)
         self.kept: Any = None
+        self.recent: list[tuple[list[Any], list[int]]] | None = [] if getattr(hook, "recent", False) else None
 
     def has(self, method: str) -> bool:
         """Whether it does something of its own there."""
@@ -63,11 +67,13 @@ class Users:
 
     Attributes:
         probes: programs of the probes among them, by the hooks' names.
+        look: whether some look at what is about to be trained on.
         asked: what hooks have asked for since `act` was called.
     """
 
     def __init__(self, hooks: Sequence[Any], processes: Processes, metrics: Collection[str], *, validates: bool):
         self._known = [_Known(hook, checks.hook_name(hook)) for hook in hooks]
+        self.look = False
         self.probes: dict[str, Kind] = {}
         self._probed: dict[str, dict[str, jax.Array]] = {}
         self._processes = processes
@@ -95,6 +101,7 @@ class Users:
             for known in self._known
             if isinstance(known.hook, Probe)
         }
+        self.look = bool(self.probes) or any(known.recent is not None for known in self._known)
 
     # ---- at steps
 
@@ -108,6 +115,20 @@ class Users:
         """Dispatches the probes that look into the step after `step`; it is known that this many were made."""
         due = [known.name for known, answer in self._answered() if answer == step + 1 and known.name in self.probes]
         self._probed = {name: dispatch(self.probes[name]) for name in due}
+
+    def remember(self, host: list[Any], first: int, count: int, accumulate: int) -> None:
+        """Keeps what a dispatch trains on, until the hooks that ask for it are called.
+
+        Args:
+            host: batches, leaves `(n, batch_size, ...)`.
+            first: the first step's batch (the first of `accumulate`) among the n.
+            count: steps.
+            accumulate: batches of a step.
+        """
+        for known in self._known:
+            if known.recent is not None:
+                starts = range(first, first + count * accumulate, accumulate)
+                known.recent += [(host, [start + number for number in range(accumulate)]) for start in starts]
 
     def __call__(self, point: Point) -> dict[str, float]:
         """Calls the hooks that are due at this step; returns what joins its metrics."""
@@ -140,6 +161,8 @@ class Users:
             here: gives the place in the run, with all of its metrics.
         """
         self._at("begin", here)
+        if self._known:
+            self._ground.check_stop()
         try:
             yield
         except EndError:
@@ -267,6 +290,7 @@ class Users:
             *(point, self._ground, known.name, kind, metrics, asked),
             everywhere=known.everywhere,
             outputs=known.outputs,
+            recent=None if known.recent is None else lambda: self._trained(known, point, metrics),
         )
         # What a hook keeps of the moment must not keep the next step from updating the state in place.
         method = {"step": "__call__", "validation": "after_validation"}.get(kind, kind)
@@ -278,6 +302,22 @@ class Users:
                 return getattr(known.hook, method)(moment)
         finally:
             moment.over()
+            if kind == "step" and known.recent:
+                known.recent = []
+
+    def _trained(self, known: _Known, point: Point, newest: Mapping[str, float]) -> list[Trained]:
+        """What a hook was not called for yet: the steps' metrics are kept, but for the newest one's."""
+        assert known.recent is not None
+        log, unwrap, step = self._ground.log, self._ground.unwrap, point.step
+        rows: list[Trained] = []
+        for back, (host, numbers) in enumerate(reversed(known.recent)):
+            metrics = dict(newest)
+            if back:
+                names = [name for name in newest if name.startswith("train/")]
+                metrics = {name: log.metrics[name][-back] for name in names}
+            rows.append(Trained(step, metrics, functools.partial(_data, unwrap, host, numbers)))
+            step -= not (metrics["train/has_nan"] or metrics.get("train/overflow"))
+        return rows[::-1]
 
     @contextlib.contextmanager
     def _raised(self, known: _Known, what: str, step: int) -> Iterator[None]:
@@ -313,6 +353,15 @@ class Users:
                 raise HookError(f"{who} for {name!r} {checks.what_is(value)}, but {wanted}; moment.log takes a row")
             values[name] = number
         return values
+
+
+def _data(unwrap: Callable[[list[Any]], Any], host: list[Any], numbers: Sequence[int]) -> list[Any]:
+    """The data of some batches, copied."""
+    data: list[Any] = []
+    for number in numbers:
+        batch = jax.tree.map(lambda leaf: leaf[number % len(leaf)], host)  # noqa: B023
+        data += tree_unstack(copied(unwrap(batch)))
+    return data
 
 
 def _number(value: Any) -> float | None:

@@ -296,6 +296,7 @@ class Parts:
             self.processes,
             self.checkpointer,
             self.stops.ask,
+            self.stops.check_asked,
             self.progress.resume_point,
             self.progress.scale_rate,
             self.progress.check_rate,
