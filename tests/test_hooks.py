@@ -48,10 +48,10 @@ class Counter(Hook):
         return {"calls": self.calls} if self.name == "counter" else None
 
     def state(self):
-        return {"calls": self.calls, "nested": [1, None, {"a": 0.5}]}
+        return {"calls": self.calls, "nested": [1, None, {"a": math.inf}]}
 
     def restore(self, state):
-        assert state["nested"] == [1, None, {"a": 0.5}]
+        assert state["nested"] == [1, None, {"a": math.inf}]
         self.calls = state["calls"]
 
 
@@ -392,7 +392,7 @@ def test_state_that_is_no_plain_data_is_an_error_when_the_trainer_is_built(state
 def test_state_that_ceases_to_be_plain_ends_the_run_with_all_else_saved():
     class Late(Counter):
         def state(self):
-            return {"calls": self.calls, "nested": [1, None, {"a": 0.5}]} | (
+            return {"calls": self.calls, "nested": [1, None, {"a": math.inf}]} | (
                 {"bad": np.zeros(2)} if self.calls > 1 else {}
             )
 

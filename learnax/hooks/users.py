@@ -125,8 +125,8 @@ class Users:
             count: steps.
             accumulate: batches of a step.
         """
-        for known in self._known:
-            if known.recent is not None:
+        for known, answer in self._answered():
+            if known.recent is not None and answer < math.inf:
                 starts = range(first, first + count * accumulate, accumulate)
                 known.recent += [(host, [start + number for number in range(accumulate)]) for start in starts]
 
@@ -276,6 +276,8 @@ class Users:
         for known in due:
             if known.everywhere or self._processes.first:
                 values |= self._values(known, kind, point, self._call(known, kind, point, metrics, asked), values)
+            if kind == "step" and known.recent:
+                known.recent = []
         if self._processes.count > 1:
             told = json.dumps([values, dataclasses.asdict(asked)])
             all_told = [json.loads(text) for text in self._processes.exchange("what hooks gave", told)]
@@ -302,8 +304,6 @@ class Users:
                 return getattr(known.hook, method)(moment)
         finally:
             moment.over()
-            if kind == "step" and known.recent:
-                known.recent = []
 
     def _trained(self, known: _Known, point: Point, newest: Mapping[str, float]) -> list[Trained]:
         """What a hook was not called for yet: the steps' metrics are kept, but for the newest one's."""
