@@ -70,6 +70,8 @@ class Loop:
             edge = min(self._profiler.next_due(step), self._hooks.next_due(step))
             room = min(self.parts.plan.room, self._profiler.room(step, self._progress.position.epoch))
             count = int(min((end - start) // batches, room, edge - step))
+            if self._users.probes:
+                count = self._users.count(step, count)
             outputs = self._dispatch(block, start, count)
             start += count * batches
             # Where an update turns out to have been dropped, the step count falls back, and another edge may be next.
@@ -110,10 +112,9 @@ class Loop:
             if metrics["has_nan"] or metrics.get("overflow"):
                 return  # this update was dropped: what is due at the step before it is done already
             step, epoch = self._log.step, self._progress.position.epoch
-            shows = due(self._hooks.shows, step)
             read, fetch = lambda: self._batch(block, batch), lambda: self._engine.whole(outputs)
             point = Point(step, epoch, self._progress.look, metrics, read, fetch)
-            for show in shows:
+            for show in due(self._hooks.shows, step):
                 metrics |= self._shown(show, point)
         self._act(point)
         self._save(due(self._hooks.saves, step), point)

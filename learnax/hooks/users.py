@@ -111,8 +111,17 @@ class Users:
             self._ask(step)
         return self._until
 
+    def count(self, step: int, count: int) -> int:
+        """How many of so many steps the next dispatch makes: one that a probe looks into is a dispatch of its own.
+
+        Nothing is waited for before it. Where an update turns out to have been dropped, it was another step than that
+        which is due, which comes later then, and is looked into again.
+        """
+        due = min(answer for known, answer in self._answered() if known.name in self.probes)
+        return int(min(count, due - 1 - step)) if step < due - 1 else count
+
     def probe(self, step: int, dispatch: Callable[[Kind], dict[str, jax.Array]]) -> None:
-        """Dispatches the probes that look into the step after `step`; it is known that this many were made."""
+        """Dispatches the probes that look into the step after `step`."""
         due = [known.name for known, answer in self._answered() if answer == step + 1 and known.name in self.probes]
         self._probed = {name: dispatch(self.probes[name]) for name in due}
 
@@ -134,8 +143,6 @@ class Users:
         """Calls the hooks that are due at this step; returns what joins its metrics."""
         due = [known for known, answer in self._answered() if answer == point.step]
         self._until = -math.inf  # whatever a call may have changed
-        if not due:
-            return {}  # before a step that a probe looks into
         metrics = {name if name.startswith("grads/") else f"train/{name}": v for name, v in point.metrics.items()}
         return self._agreed(due, "step", point, metrics)
 
@@ -251,12 +258,7 @@ class Users:
         """Asks each hook; of several processes the first one's answers count, for they are cut alike."""
         answers = [self._answer(known, step) for known in self._known] if self._processes.first else []
         self._answers = json.loads(self._processes.from_first(json.dumps(answers)))
-        # A step that a probe looks into is a dispatch of its own, from the one before it on.
-        edges = (
-            answer - 1 if known.name in self.probes and answer - 1 > step else answer
-            for known, answer in self._answered()
-        )
-        self._from, self._until = step, min(edges, default=math.inf)
+        self._from, self._until = step, min(self._answers, default=math.inf)
 
     def _answer(self, known: _Known, step: int) -> float:
         with self._raised(known, "next_due()", step):
