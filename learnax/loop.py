@@ -133,7 +133,7 @@ class Loop:
         self._progress.end_epoch(epoch, seq)
         for row in rows:
             self._log.send({**row, "step": self._log.step, "epoch": epoch})
-        if len(means) > 1:
+        if self._users and len(means) > 1:
             self._validated(point)
         self._save(due(self._hooks.ends, epoch + 1), point)
         self._profiler.leave(self._log.step, epoch + 1)
