@@ -47,7 +47,6 @@ class Loop:
             params = jax.tree.leaves(self._progress.shapes.params)
             self._log.send_once({"model/num_params": sum(leaf.size for leaf in params)})
             with self._users.framing(self._here):
-                self.parts.stops.check_asked()
                 for epoch in itertools.count(self._progress.position.epoch):
                     if epoch >= self._settings.epochs or self._progress.is_complete:
                         break
@@ -77,6 +76,8 @@ class Loop:
             edge = self._next_due(step)
             room = min(self.parts.plan.room, self._profiler.room(step, self._progress.position.epoch))
             count = int(min((end - start) // batches, room, edge - step, self._progress.left))
+            if self._users.probes:
+                count = self._users.count(step, count)
             outputs = self._dispatch(block, start, count)
             start += count * batches
             # Where an update turns out to have been dropped, the step count falls back, and another edge may be next.
@@ -89,8 +90,8 @@ class Loop:
         self._log.wait_for_room()
         first = bool(self._progress.places)
         phase = self._phases.first if first else self._phases.dispatch
-        if self._users.probes:
-            self._probe(block, start)
+        if self._users.look:
+            self._look(block, start, count)
         with self._profiler.steps(self._log.step_at_most, count), phase:
             live, seq, scalars, outputs = self._programs.train(
                 self._progress.live, self._progress.seq_data, block, start, count
@@ -117,14 +118,10 @@ class Loop:
             if metrics["has_nan"] or metrics.get("overflow"):
                 return  # this update was dropped: what is due at the step before it is done already
             step, epoch = self._log.step, self._progress.position.epoch
-            shows = due(self._hooks.shows, step)
             read, fetch = lambda: self._batch(block, batch), lambda: self._engine.whole(outputs)
             point = Point(step, epoch, self._progress.look, metrics, read, fetch)
-            if shows not in ([], [self._users]):
-                self._log.flush()  # so that plots always find the same rows logged, however fast the run is
-            with self._phases.plot:
-                for show in shows:
-                    metrics |= show(point)
+            for show in due(self._hooks.shows, step):
+                metrics |= self._shown(show, point)
         if self.parts.validation.by_steps.next_due(step - 1) == step:
             self._validate(Point(step, epoch, self._progress.look), regular=True)
         self._act(point)
@@ -163,12 +160,19 @@ class Loop:
         point.metrics = {**point.metrics, **self._log.grown(before)}
         for row in rows:
             self._log.send({**row, "step": point.step, "epoch": point.epoch})
-        if any(split != "train" for split in means):
+        if self._users and any(split != "train" for split in means):
             self._validated(point)
         self._save(due(self._hooks.ends, point.epoch + 1), point)
 
-    def _probe(self, block: Block, start: int) -> None:
-        """Dispatches what is to look into the next step, before that takes over the state."""
+    def _shown(self, show: Action, point: Point) -> Mapping[str, float]:
+        if show is not self._users:  # its hooks wait for this where they look at the run
+            self._log.flush()  # so that plots always find the same rows logged, however fast the run is
+        with self._phases.plot:
+            return show(point)
+
+    def _look(self, block: Block, start: int, count: int) -> None:
+        """Lets the user's hooks look at what is about to be trained on: probes, before a step takes over the state."""
+        self._users.remember(block, start, count, self._settings.accumulate_steps)
         live, seq = self._progress.live, self._progress.seq_data
         dispatch = lambda kind: self._programs.dispatch_probe(kind, live, seq, block, start)  # noqa: E731
         self._users.probe(self._log.step_at_most, dispatch)

@@ -31,6 +31,7 @@ from jax._src import xla_bridge
 
 from learnax.checkpoint import files, pieces
 from learnax.data import Batches, Stream
+from learnax.hooks import At, Every, Hook, Probe
 from learnax.loss import LossPipe
 from learnax.metrics import Max, Mean
 from learnax.models import NNX, Linen
@@ -549,7 +550,65 @@ def unequal_batches(results):
         raise
 
 
-ALL = (unequal_batches, train_all, misuse, fails_before, fails_while, resumed, named_runs, inferred)
+class Count(Hook):
+    """Counts its calls, every third step."""
+
+    calls = 0
+
+    def next_due(self, step):
+        return step - step % 3 + 3 if jax.process_index() == 0 else 1 / 0  # nobody asks the others
+
+    def __call__(self, moment):
+        self.calls += 1
+        return {"calls": self.calls}
+
+    def state(self):
+        return {"calls": self.calls}
+
+    def restore(self, state):
+        self.calls = state["calls"]
+
+
+def hooked(results):
+    """Hooks of the first process, and of both, that see and ask for all there is; then the run goes on."""
+    seen = results["seen"] = []
+
+    def first(moment):
+        seen.append(("first", moment.step, jax.tree.map(np.sum, moment.params)))
+        try:
+            moment.batch  # noqa: B018
+        except ValueError as error:
+            results["error"] = str(error)
+        if moment.step == 4:
+            moment.save("fourth")
+            moment.scale_rate(0.5)
+
+    def both(moment):
+        seen.append(("both", moment.step, len(moment.batch), len(moment.outputs)))
+        return {"index": jax.process_index()}
+
+    def norm(view):
+        return {"norm": optax.tree_utils.tree_norm(view.grads), "rows": len(view.outputs)}
+
+    registry = Registry("tests", os.environ["PEERS"])
+    hooks = lambda: [  # noqa: E731
+        Every(4, first),
+        Count(),
+        At([5], both, everywhere=True, outputs=True),
+        Probe(2, norm),
+    ]
+    options = {"devices": None, "registry": registry, "val_datasets": [make_data(8)]}
+    stop = At([7], lambda moment: moment.stop("that is all"), "judge")
+    trainer = make_trainer(hooks=[*hooks(), stop], **options)
+    trainer.train()
+    results["stopped"] = trainer.log.step, list(trainer.checkpointer.list_available_checkpoints())
+    again = make_trainer(hooks=hooks(), load_checkpoint=True, **options)
+    again.train()
+    results["metrics"] = {name: values for name, values in again.metrics.items() if "update_time" not in name}
+    results["params"] = host(again.train_state.params)
+
+
+ALL = (unequal_batches, train_all, misuse, fails_before, fails_while, resumed, named_runs, inferred, hooked)
 SCENARIOS = {function.__name__: function for function in ALL}
 
 if __name__ == "__main__":

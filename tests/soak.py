@@ -32,6 +32,7 @@ FORMS = {
     "two workers": {"workers": 2, "seconds": 1e-3},
     "four devices": {"devices": 4, "seconds": 2e-4},
     "accumulated": {"trainer": {"accumulate_steps": 2}, "seconds": 2e-4},
+    "hooks and a probe": {"hooks": True, "seconds": 2e-4},
     "data on the devices, wide": {"width": 4096, "size": 192},
     "shuffled on the devices": {"trainer": {"shuffle": True}, "size": 99},
     "shuffled, two workers": {"trainer": {"shuffle": True}, "size": 99, "workers": 2, "seconds": 1e-3},

@@ -3,16 +3,20 @@
 import collections
 import logging
 import math
+import re
 
 import jax
 import numpy as np
 import optax
 import pytest
 
+import learnax.hooks
 from learnax.hooks import AfterValidation, At, AtEnd, Every, Hook, HookError
 from learnax.loss import LossPipe
+from tests import peers
 from tests.helpers import (
     MLP,
+    ROOT,
     MemoryRun,
     Poisonable,
     StopAt,
@@ -44,10 +48,10 @@ class Counter(Hook):
         return {"calls": self.calls} if self.name == "counter" else None
 
     def state(self):
-        return {"calls": self.calls, "nested": [1, None, {"a": 0.5}]}
+        return {"calls": self.calls, "nested": [1, None, {"a": math.inf}]}
 
     def restore(self, state):
-        assert state["nested"] == [1, None, {"a": 0.5}]
+        assert state["nested"] == [1, None, {"a": math.inf}]
         self.calls = state["calls"]
 
 
@@ -388,7 +392,7 @@ def test_state_that_is_no_plain_data_is_an_error_when_the_trainer_is_built(state
 def test_state_that_ceases_to_be_plain_ends_the_run_with_all_else_saved():
     class Late(Counter):
         def state(self):
-            return {"calls": self.calls, "nested": [1, None, {"a": 0.5}]} | (
+            return {"calls": self.calls, "nested": [1, None, {"a": math.inf}]} | (
                 {"bad": np.zeros(2)} if self.calls > 1 else {}
             )
 
@@ -397,6 +401,54 @@ def test_state_that_ceases_to_be_plain_ends_the_run_with_all_else_saved():
         trainer.train()
     again = make_trainer(hooks=[hook := Counter()], registry="r", load_checkpoint=True)
     assert (again.log.step, hook.calls) == (6, 1)  # the last state that was plain
+
+
+# ---- the page
+
+
+def test_what_the_page_shows_runs():
+    page = (ROOT / "README.md").read_text()
+    blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
+    (first,) = [block for block in blocks if block.startswith("import flax.linen")]
+    (between,) = [block for block in blocks if "learnax.hooks" in block]
+    script: dict[str, object] = {}
+    exec(first.split("trainer =")[0], script)
+    exec(between, script)
+    metrics = script["trainer"].metrics
+    assert len(metrics["train/largest"]) == 3
+    assert len(metrics["train/spread/outputs"]) == 1
+    table = page.split("| hook | what it does |")[1].split("\n\n")[0]
+    for name in re.findall(r"`([A-Z]\w+)\(", table):
+        assert hasattr(learnax.hooks, name), name
+
+
+# ---- several processes
+
+
+@pytest.mark.processes
+def test_several_processes_agree_on_what_hooks_return_and_ask_for(tmp_path):
+    first, second = peers.together("hooked", tmp_path / "peers", 2, env={"PEERS": str(tmp_path)})
+    one, two = first.results, second.results
+    assert [entry[:2] for entry in one["seen"]] == [("first", 4), ("both", 5), ("first", 8)]
+    assert two["seen"] == [("both", 5, 8, 8)] == one["seen"][1:2]
+    assert "stopped at step 7 by hook 'judge': that is all, and saved" in first.err
+    assert one["stopped"] == two["stopped"]
+    assert one["stopped"][0] == 7
+    assert "fourth" in one["stopped"][1]
+    assert one["error"] == (
+        "hook 'first' reads moment.batch, which is read by several processes, each its part, but is called on the "
+        "first one alone: set the hook's attribute everywhere = True, and let it read the same on all of them"
+    )
+    np.testing.assert_equal(one["metrics"], two["metrics"])
+    assert one["metrics"]["train/calls"] == [1, 2, 3]
+    assert one["metrics"]["train/index"] == [0]
+    assert one["metrics"]["train/norm/rows"] == [8] * 5
+    scale = At([4], lambda m: m.scale_rate(0.5))
+    alone = make_trainer(hooks=[scale], devices=jax.devices()[:2])
+    alone.train()
+    assert one["metrics"]["train/learning_rate"] == alone.metrics["train/learning_rate"]
+    assert_trees_equal(one["params"], two["params"])
+    assert_trees_equal(one["params"], alone.train_state.params)
 
 
 # ---- what goes wrong

@@ -62,7 +62,7 @@ def main(folder, options):
     from learnax.checkpoint.folder import Folder
     from learnax.checkpoint.history import History
     from learnax.data import Stream
-    from learnax.hooks import Validation
+    from learnax.hooks import Hook, Probe, SaveBest, ScaleRateOnPlateau, Validation
     from learnax.loop import Loop
     from learnax.loss import LossPipe
     from learnax.metrics import Max, Mean
@@ -166,6 +166,30 @@ def main(folder, options):
         None: lambda: (Net(), LossPipe([Squared()])),
         "nnx": lambda: (NNX(OfNNX(nnx.Rngs(0)), batched=True, precision="fp16"), weighted),
     }
+
+    def hooks():
+        """What keeps a state, adds to the metrics, saves, and changes the rate."""
+
+        class Count(Hook):
+            calls = 0
+
+            def next_due(self, step):
+                return step - step % 7 + 7
+
+            def __call__(self, moment):
+                self.calls += 1
+                moment.save("seventh" if self.calls % 5 == 0 else None)
+                return {"calls": self.calls, "params": np.float32(sum(map(np.sum, jax.tree.leaves(moment.params))))}
+
+            def state(self):
+                return {"calls": self.calls}
+
+            def restore(self, state):
+                self.calls = state["calls"]
+
+        probe = Probe(9, lambda view: {"norm": optax.tree_utils.tree_norm(view.grads)}, "probe")
+        return [Count(), probe, ScaleRateOnPlateau("val/loss", 1, 0.9), SaveBest(2, "val/loss")]
+
     model, losses = models[options.get("model")]()
     trainer = Trainer(
         model,
@@ -184,6 +208,7 @@ def main(folder, options):
         num_workers=options.get("workers", 0),
         save_every=options.get("save_every", 5),
         optimizer=optimizers[options.get("optimizer")],
+        hooks=hooks() if options.get("hooks") else None,
         **options.get("trainer", {}),
     )
     diary["step"] = diary["resumed"] = trainer.log.step

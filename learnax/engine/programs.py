@@ -65,11 +65,12 @@ class Programs:
         self._first = first
         self._recipe = recipe
         self._by_average = by_average
+        self._data = SAME if gathers else BATCHES
         layout, seen = engine.layout, engine.evaluated_layout
         self._train = Kind(
             "train",
             functools.partial(train_many, recipe, room, with_outputs),
-            (layout, SAME, SAME if gathers else BATCHES, SAME, SAME),
+            (layout, SAME, self._data, SAME, SAME),
             (layout, SAME, SAME, SPLIT),
             donated=(0,),
         )
@@ -149,7 +150,7 @@ class Programs:
     def probe(self, name: str, look: Callable[[Any], PyTree]) -> Kind:
         """A program that looks into the step which `train` would make next; see `learnax.step.probe`."""
         function = functools.partial(probe, self._recipe, self._first.unwrap, look)
-        return Kind(f"probe {name}", function, (self._engine.layout, SAME, BATCHES, SAME), (SAME,))
+        return Kind(f"probe {name}", function, (self._engine.layout, SAME, self._data, SAME), (SAME,))
 
     def dispatch_probe(self, kind: Kind, live: TrainState | Packed, seq: jax.Array, block: Block, start: int) -> PyTree:
         """Dispatches a probe before the step that begins with a block's batch `start`."""

@@ -15,6 +15,7 @@ from learnax.hooks.given import Hook as Hook
 from learnax.hooks.given import HookError as HookError
 from learnax.hooks.moment import Ground as Ground
 from learnax.hooks.moment import Moment as Moment
+from learnax.hooks.moment import Trained as Trained
 from learnax.hooks.plots import Plotter as Plotter
 from learnax.hooks.probe import Probe as Probe
 from learnax.hooks.ready.best import SaveBest as SaveBest
@@ -22,6 +23,7 @@ from learnax.hooks.ready.gradients import GradientHistogram as GradientHistogram
 from learnax.hooks.ready.gradients import UpdateRatio as UpdateRatio
 from learnax.hooks.ready.plateaus import EarlyStop as EarlyStop
 from learnax.hooks.ready.plateaus import ScaleRateOnPlateau as ScaleRateOnPlateau
+from learnax.hooks.ready.spikes import LossSpike as LossSpike
 from learnax.hooks.ready.timer import Timer as Timer
 from learnax.hooks.samples import Sampler as Sampler
 from learnax.hooks.samples import sample_params as sample_params

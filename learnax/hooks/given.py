@@ -31,12 +31,14 @@ class Hook:
         everywhere: of several processes: whether all of them call it; else the first one alone does. One that reads
             `moment.batch`, `moment.outputs`, or a state that is divided over the processes, needs all of them to.
         outputs: whether it reads `moment.outputs`: only then the training program gives the outputs.
+        recent: whether it reads `moment.recent`: then the batches since its last call are kept in the host's memory.
         metric: a metric that it watches, `"val/loss"` for one: a trainer whose run does not produce it is not built.
     """
 
     name: str | None = None
     everywhere: bool = False
     outputs: bool = False
+    recent: bool = False
     metric: str | None = None
 
     def next_due(self, step: int) -> float:

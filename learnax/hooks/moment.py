@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -34,7 +34,8 @@ class Ground:
         log: hands rows to it.
         processes: of the run.
         checkpointer: saves; or None.
-        stop: ends the run for a reason.
+        stop: ends the run for a reason, where that is next looked for.
+        check_stop: looks for one, and raises it.
         resume_point: what a checkpoint holds beside the state.
         scale_rate: multiplies the learning rate that the optimiser keeps.
         check_rate: raises ValueError where it keeps none.
@@ -48,6 +49,7 @@ class Ground:
     processes: Processes
     checkpointer: Checkpointer | None
     stop: Callable[[str], None]
+    check_stop: Callable[[], None]
     resume_point: Callable[[], dict[str, Any]]
     scale_rate: Callable[[float], None]
     check_rate: Callable[[], None]
@@ -77,6 +79,20 @@ class Asked:
         self.saves += [name for name in other.saves if name not in self.saves]
 
 
+class Trained(NamedTuple):
+    """What was trained on in one step; see `Moment.recent`.
+
+    Attributes:
+        step: updates made, this one included; one that was dropped has the step of the one before it.
+        metrics: the step's, by their names in `trainer.metrics`; what hooks and samples have added is not there.
+        read: gives the data, as `Moment.batch` does, of all accumulated batches: copies of this process's part of them.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    read: Callable[[], list[Any]]
+
+
 class Moment:
     """The moment right after a training step or a validation, or at the begin or end of `train()`.
 
@@ -92,6 +108,7 @@ class Moment:
         asked: is told what the hook asks for.
         everywhere: whether all processes call the hook.
         outputs: whether the training program gives the outputs.
+        recent: gives what was trained on since the hook was last called; None where that is not kept.
 
     Attributes:
         step: updates made so far.
@@ -109,12 +126,13 @@ class Moment:
         *,
         everywhere: bool,
         outputs: bool,
+        recent: Callable[[], list[Trained]] | None = None,
     ):
         self.step, self.epoch = point.step, point.epoch
         self._point: Point | None = point
         self._ground, self._hook, self._kind, self._asked = ground, hook, kind, asked
         self._metrics = dict(metrics)
-        self._everywhere, self._with_outputs = everywhere, outputs
+        self._everywhere, self._with_outputs, self._recent = everywhere, outputs, recent
         self._fetched: dict[str, Any] = {}
 
     @property
@@ -149,6 +167,11 @@ class Moment:
     def outputs(self) -> list[Any]:
         """The model's outputs for `batch`, one for each datum, on the host; for a hook with `outputs = True`."""
         return self._fetch("outputs", self._outputs)
+
+    @property
+    def recent(self) -> list[Trained]:
+        """What was trained on since the hook was last called, this step last; for a hook with `recent = True`."""
+        return self._fetch("recent", self._since)
 
     @property
     def run(self) -> Any:
@@ -218,7 +241,7 @@ class Moment:
 
     def over(self) -> None:
         """Is called when the hook has returned: what it keeps of the state must not keep the next step waiting."""
-        self._point = None
+        self._point = self._recent = None
         self._fetched = {}
 
     def _at(self, what: str) -> Point:
@@ -256,11 +279,20 @@ class Moment:
             )
         return tree_unstack(to_host(point.outputs))
 
+    def _since(self, point: Point) -> list[Trained]:
+        self._check_step("recent", point)
+        if self._recent is None:
+            raise ValueError(
+                f"hook {self._hook!r} reads moment.recent, which is kept only where a hook asks for it: set the hook's "
+                "attribute recent = True"
+            )
+        return self._recent()
+
     def _check_step(self, what: str, point: Point) -> None:
         if not point.has_batch:
             where = "after a validation" if self._kind == "validation" else f"in {self._kind}()"
             raise ValueError(f"there is no moment.{what} {where}: it is that of a step, for a hook that is due at one")
-        if self._ground.engine.spans:
+        if self._ground.engine.spans and what != "recent":
             self._check_everywhere(what, "is read by several processes, each its part")
 
     def _check_everywhere(self, what: str, why: str) -> None:

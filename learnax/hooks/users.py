@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -16,12 +17,14 @@ import numpy as np
 from learnax import checks
 from learnax.cluster.processes import Processes
 from learnax.cluster.stops import EndError
+from learnax.data import Block, copied
 from learnax.engine import Kind
 from learnax.hooks.due import Point
 from learnax.hooks.given import Hook, HookError
-from learnax.hooks.moment import Asked, Ground, Moment
+from learnax.hooks.moment import Asked, Ground, Moment, Trained
 from learnax.hooks.plain import plain
 from learnax.hooks.probe import Probe
+from learnax.utils import tree_unstack
 
 _logger = logging.getLogger("learnax")
 VALIDATION = "validation/"
@@ -40,6 +43,7 @@ class _Known:
         self.hook, self.name = hook, name
         self.everywhere, self.outputs = bool(getattr(hook, "everywhere", False)), checks.wants_outputs(hook)
         self.kept: Any = None
+        self.recent: list[tuple[Block, list[int]]] | None = [] if getattr(hook, "recent", False) else None
 
     def has(self, method: str) -> bool:
         """Whether it does something of its own there."""
@@ -63,11 +67,13 @@ class Users:
 
     Attributes:
         probes: programs of the probes among them, by the hooks' names.
+        look: whether some look at what is about to be trained on.
         asked: what hooks have asked for since `act` was called.
     """
 
     def __init__(self, hooks: Sequence[Any], processes: Processes, metrics: Collection[str], *, validates: bool):
         self._known = [_Known(hook, checks.hook_name(hook)) for hook in hooks]
+        self.look = False
         self.probes: dict[str, Kind] = {}
         self._probed: dict[str, dict[str, jax.Array]] = {}
         self._processes = processes
@@ -95,6 +101,7 @@ class Users:
             for known in self._known
             if isinstance(known.hook, Probe)
         }
+        self.look = bool(self.probes) or any(known.recent is not None for known in self._known)
 
     # ---- at steps
 
@@ -104,17 +111,38 @@ class Users:
             self._ask(step)
         return self._until
 
+    def count(self, step: int, count: int) -> int:
+        """How many of so many steps the next dispatch makes: one that a probe looks into is a dispatch of its own.
+
+        Nothing is waited for before it. Where an update turns out to have been dropped, it was another step than that
+        which is due, which comes later then, and is looked into again.
+        """
+        due = min(answer for known, answer in self._answered() if known.name in self.probes)
+        return int(min(count, due - 1 - step)) if step < due - 1 else count
+
     def probe(self, step: int, dispatch: Callable[[Kind], dict[str, jax.Array]]) -> None:
-        """Dispatches the probes that look into the step after `step`; it is known that this many were made."""
+        """Dispatches the probes that look into the step after `step`."""
         due = [known.name for known, answer in self._answered() if answer == step + 1 and known.name in self.probes]
         self._probed = {name: dispatch(self.probes[name]) for name in due}
+
+    def remember(self, block: Block, first: int, count: int, accumulate: int) -> None:
+        """Keeps what a dispatch trains on, until the hooks that ask for it are called.
+
+        Args:
+            block: batches.
+            first: the first step's batch (the first of `accumulate`) among the n.
+            count: steps.
+            accumulate: batches of a step.
+        """
+        for known, answer in self._answered():
+            if known.recent is not None and answer < math.inf:
+                starts = range(first, first + count * accumulate, accumulate)
+                known.recent += [(block, [start + number for number in range(accumulate)]) for start in starts]
 
     def __call__(self, point: Point) -> dict[str, float]:
         """Calls the hooks that are due at this step; returns what joins its metrics."""
         due = [known for known, answer in self._answered() if answer == point.step]
         self._until = -math.inf  # whatever a call may have changed
-        if not due:
-            return {}  # before a step that a probe looks into
         metrics = {name if name.startswith("grads/") else f"train/{name}": v for name, v in point.metrics.items()}
         return self._agreed(due, "step", point, metrics)
 
@@ -140,6 +168,8 @@ class Users:
             here: gives the place in the run, with all of its metrics.
         """
         self._at("begin", here)
+        if self._known:
+            self._ground.check_stop()
         try:
             yield
         except EndError:
@@ -228,12 +258,7 @@ class Users:
         """Asks each hook; of several processes the first one's answers count, for they are cut alike."""
         answers = [self._answer(known, step) for known in self._known] if self._processes.first else []
         self._answers = json.loads(self._processes.from_first(json.dumps(answers)))
-        # A step that a probe looks into is a dispatch of its own, from the one before it on.
-        edges = (
-            answer - 1 if known.name in self.probes and answer - 1 > step else answer
-            for known, answer in self._answered()
-        )
-        self._from, self._until = step, min(edges, default=math.inf)
+        self._from, self._until = step, min(self._answers, default=math.inf)
 
     def _answer(self, known: _Known, step: int) -> float:
         with self._raised(known, "next_due()", step):
@@ -253,6 +278,8 @@ class Users:
         for known in due:
             if known.everywhere or self._processes.first:
                 values |= self._values(known, kind, point, self._call(known, kind, point, metrics, asked), values)
+            if kind == "step" and known.recent:
+                known.recent = []
         if self._processes.count > 1:
             told = json.dumps([values, dataclasses.asdict(asked)])
             all_told = [json.loads(text) for text in self._processes.exchange("what hooks gave", told)]
@@ -267,6 +294,7 @@ class Users:
             *(point, self._ground, known.name, kind, metrics, asked),
             everywhere=known.everywhere,
             outputs=known.outputs,
+            recent=None if known.recent is None else lambda: self._trained(known, point, metrics),
         )
         # What a hook keeps of the moment must not keep the next step from updating the state in place.
         method = {"step": "__call__", "validation": "after_validation"}.get(kind, kind)
@@ -278,6 +306,20 @@ class Users:
                 return getattr(known.hook, method)(moment)
         finally:
             moment.over()
+
+    def _trained(self, known: _Known, point: Point, newest: Mapping[str, float]) -> list[Trained]:
+        """What a hook was not called for yet: the steps' metrics are kept, but for the newest one's."""
+        assert known.recent is not None
+        log, unwrap, step = self._ground.log, self._ground.unwrap, point.step
+        rows: list[Trained] = []
+        for back, (block, numbers) in enumerate(reversed(known.recent)):
+            metrics = dict(newest)
+            if back:
+                names = [name for name in newest if name.startswith("train/")]
+                metrics = {name: log.metrics[name][-back] for name in names}
+            rows.append(Trained(step, metrics, functools.partial(_data, unwrap, block, numbers)))
+            step -= not (metrics["train/has_nan"] or metrics.get("train/overflow"))
+        return rows[::-1]
 
     @contextlib.contextmanager
     def _raised(self, known: _Known, what: str, step: int) -> Iterator[None]:
@@ -313,6 +355,14 @@ class Users:
                 raise HookError(f"{who} for {name!r} {checks.what_is(value)}, but {wanted}; moment.log takes a row")
             values[name] = number
         return values
+
+
+def _data(unwrap: Callable[[list[Any]], Any], block: Block, numbers: Sequence[int]) -> list[Any]:
+    """The data of some batches, copied."""
+    data: list[Any] = []
+    for number in numbers:
+        data += tree_unstack(copied(unwrap(block.batch(number))))
+    return data
 
 
 def _number(value: Any) -> float | None:

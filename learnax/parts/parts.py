@@ -159,7 +159,7 @@ class Parts:
 
     def _probes(self, live: Any, seq: Any) -> list[Wanted]:
         """The programs of the hooks' probes, for a state as training takes it, or for its shapes."""
-        block = self.draft.batches(self.draft.room("train"), self.settings.batch_size)
+        block = self.draft.block("train")
         return [self.programs.wanted_probe(kind, live, seq, block) for kind in self.users.probes.values()]
 
     def sync(self) -> None:
@@ -382,6 +382,7 @@ class Parts:
             self.processes,
             self.checkpointer,
             self.stops.ask,
+            self.stops.check_asked,
             self.progress.resume_point,
             self.progress.scale_rate,
             self.progress.check_rate,

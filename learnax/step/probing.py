@@ -13,7 +13,7 @@ from learnax.step.guard import looked_into
 from learnax.step.packed import Form, Packed
 from learnax.step.packing import Packing
 from learnax.step.patterns import split
-from learnax.step.recipe import AXIS, Recipe, batch_of, keys_of, next_keys
+from learnax.step.recipe import AXIS, Recipe, keys_of, next_keys, share_of
 from learnax.step.state import TrainState
 from learnax.step.training import loss_at, of_all
 from learnax.utils import PyTree, is_key, key_data, like_key
@@ -61,7 +61,7 @@ def probe(
         look: `view -> values`.
         live: the state before; it stays as it is.
         seq: the numbers of the run's random sequence.
-        batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`.
+        batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`; or all data, see `Shuffled`.
         start: the step's batch (the first of `accumulate`) among the n.
     """
     state = live.form.whole(live, Form.small) if isinstance(live, Packed) else live
@@ -69,7 +69,7 @@ def probe(
     _, keys = next_keys(jax.random.wrap_key_data(seq), recipe.accumulate, recipe.accumulate)
 
     def take(number: Any) -> tuple[jax.Array, PyTree]:
-        return keys_of(recipe, keys[number]), batch_of(batches, start + number)
+        return keys_of(recipe, keys[number]), share_of(recipe, batches, start + number)
 
     share, outputs = of_all(recipe, packing, True, state, state.params, take)
     value = functools.partial(loss_at, recipe, packing, state, take)
