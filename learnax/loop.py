@@ -71,11 +71,11 @@ class Loop:
     def _train_block(self, block: Block) -> None:
         """Trains on a block's batches, in dispatches that are cut where something is due."""
         start, end, batches = block.first, len(block), self._settings.accumulate_steps
-        while start < end and self._progress.left > 0:
+        while start < end and (left := self._progress.left) > 0:
             step = self._log.step_at_most
             edge = self._next_due(step)
             room = min(self.parts.plan.room, self._profiler.room(step, self._progress.position.epoch))
-            count = int(min((end - start) // batches, room, edge - step, self._progress.left))
+            count = int(min((end - start) // batches, room, edge - step, left))
             if self._users.probes:
                 count = self._users.count(step, count)
             outputs = self._dispatch(block, start, count)
@@ -112,8 +112,8 @@ class Loop:
         if self._next_due(at_most - 1) > at_most:
             return
         with self._log.newest() as metrics:
-            # The order: first a profiler's windows end, as what follows is no part of the step. Then plots and samples,
-            # which may add to the step's metrics; then these are kept, then it validates; then saves hold all of it.
+            # First a profiler's windows end, as what follows is no part of the step. Then come plots and hooks, which
+            # may add to the step's metrics; these are kept; then it validates; then saves hold all of it.
             self._profiler.leave(self._log.step, self._progress.position.epoch)
             if metrics["has_nan"] or metrics.get("overflow"):
                 return  # this update was dropped: what is due at the step before it is done already
@@ -199,7 +199,8 @@ class Loop:
 
     def _next_due(self, step: int) -> float:
         """The first step after this one at which there is something to do."""
-        return min(part.next_due(step) for part in (self._profiler, self._hooks, self.parts.validation.by_steps))
+        by_steps = self.parts.validation.by_steps  # one by one: this is asked for each dispatch
+        return min(self._profiler.next_due(step), self._hooks.next_due(step), by_steps.next_due(step))
 
     def _act(self, point: Point) -> None:
         """Does what the user's hooks have asked for."""

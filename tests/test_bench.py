@@ -290,7 +290,7 @@ def test_who_does_not_take_part_is_told_why():
 def test_an_error_in_training_is_raised_by_the_round(one_device, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: one_device)
     ours = Learnax(workload("mlp-128"), compilation_cache=False)
-    ours.trainer.loaders["train"].blocks = lambda start=0: iter([None])
+    ours.trainer.loaders["train"].blocks = lambda *given: iter([None])
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'first'"):
         ours.round()
 
