@@ -16,7 +16,7 @@ from learnax.utils import tree_stack, tree_unstack
 
 clock.imported()
 
-__version__ = "1.0.0.dev0"
+__version__ = "1.0.0rc1"
 
 # What `from learnax import *` gives; modules beside it would hide a script's own `run` or `loss`.
 __all__ = ["Registry", "Run", "TrainState", "Trainer", "in_notebook", "tree_stack", "tree_unstack"]

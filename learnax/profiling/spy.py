@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from learnax.utils.extras import missing
+
 RATE = 100
 """Samples a second, by default."""
 
@@ -173,7 +175,7 @@ def profile(command: Sequence[str], out: Path, rate: int = RATE) -> int:
     svg, scope = out / "flame.svg", out / "speedscope.json"
     py_spy = find()
     if py_spy is None:
-        raise SystemExit("py-spy is not installed; pip install 'learnax[profiling]'")
+        raise SystemExit(missing("profiling", "py-spy"))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in (svg, scope):  # what an earlier run left is not to be taken for this one's
