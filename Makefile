@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 GPU_COMPILE = $(VENV)/gpu-compile
 
-.PHONY: train train-2 test test-quick check test-floor soak bench bench-gpu bench-compare bench-scaling profile nsys ncu clean
+.PHONY: train train-2 test test-quick check test-floor test-wheel docs soak bench bench-gpu bench-compare bench-scaling profile nsys ncu clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -50,6 +50,15 @@ check: $(INSTALLED)
 test-floor:
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=.ci/constraints-floor.txt
 
+# Builds the wheel, installs it into bare environments at the lowest and the newest versions, and uses it there.
+test-wheel: $(INSTALLED)
+	$(BIN)/python -m tests.wheel $(ARGS)
+
+# The pages as a site in out/docs; a broken link, or a name without a docstring, ends it.
+docs: $(VENV)/.docs
+	$(BIN)/ruff check --select D1 learnax
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
+
 # Kills runs with SIGKILL, a hundred times, and compares their ends with those of runs that were left alone.
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak $(ARGS)
@@ -81,6 +90,10 @@ nsys ncu: $(INSTALLED)
 
 $(VENV)/.bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'
+	touch $@
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	touch $@
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)

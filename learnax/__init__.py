@@ -1,6 +1,7 @@
 """A compiled training engine for JAX models: hand a `Trainer` a model, losses and data, and it trains."""
 
 from learnax.profiling import clock  # isort: skip  (first, to see all of the import)
+from learnax.utils import lowest as lowest  # isort: skip  (before all that an older JAX lacks)
 from learnax import checkpoint as checkpoint
 from learnax import loss as loss
 from learnax import metrics as metrics

@@ -10,7 +10,7 @@ import pytest
 import learnax
 from learnax import __main__ as command
 from learnax.commands import overview
-from learnax.utils import extras
+from learnax.utils import extras, lowest
 from tests.helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -138,6 +138,29 @@ def test_the_version_is_said_and_an_unknown_command_refused(capsys):
     assert "argument COMMAND: invalid choice: 'prefligt' (choose from" in capsys.readouterr().err
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("version", ["0.9.2", "0.4.38.dev20250101"])
+def test_an_older_jax_is_told_of_in_one_line(tmp_path, version):
+    older = tmp_path / f"jax-{version}.dist-info"
+    older.mkdir()
+    (older / "METADATA").write_text(f"Metadata-Version: 2.1\nName: jax\nVersion: {version}\n")
+    result = ask(code="import learnax.trainer", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
+    assert lines[-1] == (
+        f"ImportError: learnax needs jax 0.10.0 or newer, but jax {version} is installed: "
+        "pip install --upgrade 'jax>=0.10.0'"
+    )
+    assert sum(line.startswith("Traceback") for line in lines) == 1
+    assert not any("site-packages" in line for line in lines)
+
+
+def test_the_oldest_jax_is_that_of_the_package():
+    assert f"jax>={lowest.JAX}" in PROJECT["dependencies"]
+    for name in ("cuda12", "cuda13"):
+        assert PROJECT["optional-dependencies"][name] == [f"jax[{name}]>={lowest.JAX}"]
+
+
 def test_a_missing_package_is_told_of_by_the_feature():
     for extra in extras.EXTRAS.values():
         for package in extra.packages:
@@ -155,3 +178,10 @@ def test_the_extras_are_those_of_the_package():
             wanted = f"jax[{name}]" if name in ("cuda12", "cuda13") else package
             assert any(line.startswith(wanted) for line in declared[name]), name
     assert set(declared) - set(extras.EXTRAS) == {"docs", "test"}
+
+
+def test_the_version_is_the_same_everywhere():
+    assert PROJECT["version"] == learnax.__version__
+    assert f"\nversion: {learnax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {learnax.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert (ROOT / "learnax" / "py.typed").read_text() == ""
