@@ -101,10 +101,17 @@ def test_folders_that_are_there(monkeypatch, tmp_path):
     assert "  runs          none: TRAINAX_REGISTRY_PATH is '$NOWHERE', but the variable NOWHERE is not set" in lines
 
 
-@pytest.mark.parametrize(("driver", "extra"), [("535.104.05", "cuda12"), ("580.65.06", "cuda13"), ("?", "cuda12")])
+@pytest.mark.parametrize(
+    ("driver", "extra"),
+    [
+        ("NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "cuda12"),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build", "cuda13"),
+        ("something else", "cuda12"),
+    ],
+)
 def test_a_gpu_that_jax_does_not_see_is_told_of_with_the_extra_for_its_driver(monkeypatch, tmp_path, driver, extra):
     said = tmp_path / "version"
-    said.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Aug 19 01:15:15 UTC 2023\n")
+    said.write_text(f"NVRM version: {driver}\nGCC version:  gcc version 12.2.0\n")
     monkeypatch.setattr(overview, "_DRIVER", said)
     line = f"  an NVIDIA GPU is here that JAX does not use; pip install 'learnax[{extra}]'"
     assert line in overview.text("1").splitlines()
