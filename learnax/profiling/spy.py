@@ -23,8 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from learnax.utils.extras import missing
-
 RATE = 100
 """Samples a second, by default."""
 
@@ -175,6 +173,8 @@ def profile(command: Sequence[str], out: Path, rate: int = RATE) -> int:
     svg, scope = out / "flame.svg", out / "speedscope.json"
     py_spy = find()
     if py_spy is None:
+        from learnax.utils.extras import missing  # here, for the room of it imports JAX
+
         raise SystemExit(missing("profiling", "py-spy"))
     try:
         out.mkdir(parents=True, exist_ok=True)
