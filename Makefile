@@ -56,7 +56,7 @@ test-wheel: $(INSTALLED)
 
 # The pages as a site in out/docs; a broken link, or a name without a docstring, ends it.
 docs: $(VENV)/.docs
-	$(BIN)/ruff check --select D1 learnax
+	$(BIN)/ruff check --quiet learnax
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
 
 # Kills runs with SIGKILL, a hundred times, and compares their ends with those of runs that were left alone.
