@@ -54,10 +54,11 @@ test-floor:
 test-wheel: $(INSTALLED)
 	$(BIN)/python -m tests.wheel $(ARGS)
 
-# The pages as a site in out/docs; a broken link, or a name without a docstring, ends it.
+# The pages as a site in out/docs; a broken link, or a name without a docstring, ends it. (With --quiet mkdocs does not
+# count the warnings that end it.)
 docs: $(VENV)/.docs
 	$(BIN)/ruff check --quiet learnax
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
 
 # Kills runs with SIGKILL, a hundred times, and compares their ends with those of runs that were left alone.
 soak: $(INSTALLED)
