@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 GPU_COMPILE = $(VENV)/gpu-compile
 
-.PHONY: train text train-2 test test-quick check test-floor test-browser soak bench bench-gpu bench-compare bench-scaling profile nsys ncu clean
+.PHONY: train text train-2 test test-quick check test-floor test-browser test-wheel docs soak bench bench-gpu bench-compare bench-scaling profile nsys ncu clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -60,6 +60,16 @@ test-browser: $(INSTALLED)
 		$$sudo apt-get update && $$sudo apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
 	$(BIN)/python -m pytest tests/test_browser.py $(ARGS)
 
+# Builds the wheel, installs it into bare environments at the lowest and the newest versions, and uses it there.
+test-wheel: $(INSTALLED)
+	$(BIN)/python -m tests.wheel $(ARGS)
+
+# The pages as a site in out/docs; a broken link, or a name without a docstring, ends it. (With --quiet mkdocs does not
+# count the warnings that end it.)
+docs: $(VENV)/.docs
+	$(BIN)/ruff check --quiet learnax
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
+
 # Kills runs with SIGKILL, a hundred times, and compares their ends with those of runs that were left alone.
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak $(ARGS)
@@ -91,6 +101,10 @@ nsys ncu: $(INSTALLED)
 
 $(VENV)/.bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'
+	touch $@
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	touch $@
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)

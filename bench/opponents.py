@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.workloads import Workload
 from learnax.trainer import Trainer
+from learnax.utils.extras import missing
 
 FUSED = 16
 """Steps in a dispatch of those that fuse them."""
@@ -428,5 +429,5 @@ def why_not(opponent: str, workload: Workload) -> str | None:
         if workload.keras is None:
             return "it has no Keras form"
         if importlib.util.find_spec("keras") is None:
-            return "keras is not installed; pip install 'learnax[bench]'"
+            return missing("bench", "keras")
     return None

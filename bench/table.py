@@ -1,4 +1,4 @@
-"""Writes the README's performance table from a result: `python -m bench.table FILE.json`."""
+"""Writes the performance table of the page on speed from a result: `python -m bench.table FILE.json`."""
 
 from __future__ import annotations
 
@@ -83,27 +83,27 @@ def _sentences(results: Results) -> Iterator[str]:
         yield f"The loop's own work on the host is {seconds(host.median)} a step of the narrow MLP."
 
 
-def write(readme: Path, results: Results) -> None:
-    """Puts the table between the README's markers.
+def write(page: Path, results: Results) -> None:
+    """Puts the table between the page's markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    text = readme.read_text()
+    text = page.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} must have the lines {BEGIN} and {END}, once each and in this order")
+        raise ValueError(f"{page} must have the lines {BEGIN} and {END}, once each and in this order")
     before, rest = text.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{rest.split(END)[1]}")
+    page.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{rest.split(END)[1]}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Reads a result, and writes the README."""
+    """Reads a result, and writes the page."""
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/speed.md"))
     args = parser.parse_args(arguments)
-    write(args.readme, Results.read(args.result))
-    print(f"{args.readme}: the table of {args.result}")
+    write(args.page, Results.read(args.result))
+    print(f"{args.page}: the table of {args.result}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A compiled training engine for JAX models: hand a `Trainer` a model, losses and data, and it trains."""
 
 from learnax.profiling import clock  # isort: skip  (first, to see all of the import)
+from learnax.utils import lowest as lowest  # isort: skip  (before all that an older JAX lacks)
 from learnax import checkpoint as checkpoint
 from learnax import loss as loss
 from learnax import metrics as metrics
@@ -17,7 +18,7 @@ from learnax.utils import tree_stack, tree_unstack
 
 clock.imported()
 
-__version__ = "1.0.0.dev0"
+__version__ = "1.0.0rc1"
 
 # What `from learnax import *` gives; modules beside it would hide a script's own `run` or `loss`.
 __all__ = ["Registry", "Run", "TrainState", "Trainer", "in_notebook", "tree_stack", "tree_unstack"]

@@ -174,27 +174,27 @@ def test_seconds_come_in_their_unit(value, text):
     assert report.seconds(value) == text
 
 
-def test_the_readme_table_is_written_between_its_markers(tmp_path):
-    readme, result = tmp_path / "README.md", tmp_path / "result.json"
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+def test_the_table_is_written_between_its_markers(tmp_path):
+    page, result = tmp_path / "speed.md", tmp_path / "result.json"
+    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     results(learnax=[1e-4] * 3, hand=[2e-4] * 3).write(result)
     for _ in range(2):  # writing it again changes nothing
-        table.main([str(result), "--readme", str(readme)])
-        text = readme.read_text()
+        table.main([str(result), "--page", str(page)])
+        text = page.read_text()
         assert text.startswith(f"before\n{table.BEGIN}\n| a step of | learnax | hand-written |\n|---|---|---|\n")
         assert "\n| MLP, width 128 | **100 µs** | 200 µs (2.00x) |\n" in text
         assert text.endswith(f"Python 3.11, jax 0.10, flax 0.12, optax 0.2; 2026-01-02.\n{table.END}\nafter\n")
         assert "old" not in text
 
 
-def test_a_readme_without_markers_is_refused(tmp_path):
-    (tmp_path / "README.md").write_text("nothing here\n")
+def test_a_page_without_markers_is_refused(tmp_path):
+    (tmp_path / "speed.md").write_text("nothing here\n")
     with pytest.raises(ValueError, match="must have the lines <!-- bench:begin --> and <!-- bench:end -->"):
-        table.write(tmp_path / "README.md", results(learnax=[1e-4]))
+        table.write(tmp_path / "speed.md", results(learnax=[1e-4]))
 
 
-def test_the_readme_is_ready_for_its_table():
-    text = (ROOT / "README.md").read_text()
+def test_the_page_is_ready_for_its_table():
+    text = (ROOT / "docs" / "speed.md").read_text()
     assert text.index(table.BEGIN) < text.index(table.END)
 
 

@@ -252,6 +252,16 @@ def test_a_folder_that_cannot_be_made_is_said_where_it_was_asked_for_and_is_none
     assert line.startswith("no compilation cache: [Errno 20] Not a directory: ")
 
 
+def test_a_user_without_a_home_has_no_cache(used):
+    lost = "import pathlib\ndef home():\n    raise RuntimeError('no home')\npathlib.Path.home = home"
+    folder, configured, line = used(prepare=lost, XDG_CACHE_HOME="")
+    assert (folder, configured) == ("None", "None")
+    assert line == (
+        "no compilation cache: the user has no home folder: set LEARNAX_COMPILATION_CACHE to a folder for compiled "
+        "programs"
+    )
+
+
 @pytest.fixture
 def elsewhere():
     """A folder that another user can reach."""

@@ -406,19 +406,11 @@ def test_state_that_ceases_to_be_plain_ends_the_run_with_all_else_saved():
 # ---- the page
 
 
-def test_what_the_page_shows_runs():
-    page = (ROOT / "README.md").read_text()
-    blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
-    (first,) = [block for block in blocks if block.startswith("import flax.linen")]
-    (between,) = [block for block in blocks if "learnax.hooks" in block]
-    script: dict[str, object] = {}
-    exec(first.split("trainer =")[0], script)
-    exec(between, script)
-    metrics = script["trainer"].metrics
-    assert len(metrics["train/largest"]) == 3
-    assert len(metrics["train/spread/outputs"]) == 1
-    table = page.split("| hook | what it does |")[1].split("\n\n")[0]
-    for name in re.findall(r"`([A-Z]\w+)\(", table):
+def test_the_hooks_of_the_page_are_there():
+    table = (ROOT / "docs" / "between-steps.md").read_text().split("| hook | what it does |")[1].split("\n\n")[0]
+    names = re.findall(r"`([A-Z]\w+)\(", table)
+    assert len(names) > 8
+    for name in names:
         assert hasattr(learnax.hooks, name), name
 
 

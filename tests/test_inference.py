@@ -571,10 +571,9 @@ def test_the_contenders_of_the_bench_give_the_same_outputs():
     assert [(name, len(seconds)) for name, seconds in taken.items()] == [(name, 2) for name in names]
 
 
-def test_the_readme_shows_it():
-    text = Path(ROOT / "README.md").read_text()
-    section = text[text.index("## Evaluate and predict") :]
-    snippet = section[section.index("```python\n") + 10 :].partition("```")[0]
+def test_the_page_shows_it():
+    text = Path(ROOT / "docs" / "evaluate.md").read_text()
+    snippet = text[text.index("```python\nscores") + 10 :].partition("```")[0]
     trainer = make_trainer(losses=LossPipe([Squared()]), run=MemoryRun(), num_epochs=1, val_datasets=[HELD_OUT], **KEPT)
     trainer.train()
     names = {"trainer": trainer, "test_data": HELD_OUT, "images": [x for x, _ in HELD_OUT]}

@@ -15,6 +15,7 @@ from tests.helpers import ROOT, run_script
 # From the top down: a room imports rooms of later rows only, or of its own folder.
 ROOMS = [
     ["__main__"],
+    ["commands"],
     ["trainer"],
     ["loop", "inference"],
     ["session"],

@@ -240,7 +240,8 @@ def test_py_spy_is_looked_for_beside_this_python_then_on_path(tmp_path, monkeypa
 
 def test_without_py_spy_it_says_how_to_install_it(here, monkeypatch):
     monkeypatch.setattr(spy, "find", lambda: None)
-    with pytest.raises(SystemExit, match=re.escape("py-spy is not installed; pip install 'learnax[profiling]'")):
+    said = "profiling by py-spy and Nsight needs py-spy, which is not installed; pip install 'learnax[profiling]'"
+    with pytest.raises(SystemExit, match=re.escape(said)):
         command.main(["spin.py", "1", "0"])
 
 

@@ -378,7 +378,10 @@ def test_without_the_plugin_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(RuntimeError) as caught:
         target_of("h100").devices()
-    assert str(caught.value) == f"to compile for GPUs that are not here, install what does it: {INSTALL}"
+    assert str(caught.value) == (
+        "compiling for GPUs that are not here needs jax-cuda12-plugin, which is not installed; "
+        "pip install 'learnax[gpu-compile]'"
+    )
 
 
 def test_a_plugin_of_another_version(monkeypatch):

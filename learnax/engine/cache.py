@@ -55,8 +55,8 @@ def use_cache(asked: str | os.PathLike[str] | bool | None) -> Path | None:
     if given is None and theirs:
         return Path(theirs)
     named = VARIABLE if asked is None or isinstance(asked, bool) else "compilation_cache"
-    folder = _default() if given is None else expanded(given, named)
     try:
+        folder = default_folder() if given is None else expanded(given, named)
         _make_private(folder)
     except OSError as error:
         if given is not None:
@@ -129,8 +129,34 @@ def _is_whole(path: Path, since: int, decompress: Callable[[bytes], bytes]) -> b
     return True
 
 
-def _default() -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def planned_folder() -> Path | None:
+    """The folder that a trainer keeps compiled programs in where it is not told otherwise; None for none.
+
+    It is neither made nor looked at.
+
+    Raises:
+        FileNotFoundError: no folder is named, and the user has no home.
+        ValueError: what the variable says names no folder.
+    """
+    given = os.environ.get(VARIABLE)
+    if given is not None:
+        return None if given.lower() in OFF else expanded(given, VARIABLE)
+    theirs = getattr(jax.config, "jax_compilation_cache_dir", None)
+    return Path(theirs) if theirs else default_folder()
+
+
+def default_folder() -> Path:
+    """A folder among the user's caches, for this kind of processor.
+
+    Raises:
+        FileNotFoundError: the user has no home.
+    """
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise FileNotFoundError(
+            f"the user has no home folder: set {VARIABLE} to a folder for compiled programs"
+        ) from None
     return caches / "learnax" / f"programs-{platform.machine()}-{_processor():08x}"
 
 

@@ -16,11 +16,12 @@ from jax.experimental import topologies
 from learnax.engine.cache import without_cache
 from learnax.engine.engine import Engine, Wanted
 from learnax.profiling.phases import Phases
+from learnax.utils.extras import EXTRAS, missing
 
 _T = 1e12
 _NODE = 8
 """GPUs of a node; more of them stand in several."""
-INSTALL = "pip install 'learnax[gpu-compile]'"
+INSTALL = EXTRAS["gpu-compile"].install
 PLUGIN = "jax-cuda12-plugin"
 
 
@@ -200,7 +201,7 @@ def _check_plugin() -> None:
     try:
         version = importlib.metadata.version(PLUGIN)
     except importlib.metadata.PackageNotFoundError:
-        raise RuntimeError(f"to compile for GPUs that are not here, install what does it: {INSTALL}") from None
+        raise RuntimeError(missing("gpu-compile", PLUGIN)) from None
     if version != jaxlib.version.__version__:
         raise RuntimeError(
             f"{PLUGIN} {version} does not fit jaxlib {jaxlib.version.__version__}: both must be of one version; "

@@ -1,4 +1,4 @@
 """Looking inside a run: a clock for its phases, windows of steps for profilers, what hangs.
 
-`cudart` starts and stops the CUDA profiler. The room imports no other one.
+`cudart` starts and stops the CUDA profiler. The room may import utils, and no other one.
 """

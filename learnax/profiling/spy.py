@@ -173,7 +173,9 @@ def profile(command: Sequence[str], out: Path, rate: int = RATE) -> int:
     svg, scope = out / "flame.svg", out / "speedscope.json"
     py_spy = find()
     if py_spy is None:
-        raise SystemExit("py-spy is not installed; pip install 'learnax[profiling]'")
+        from learnax.utils.extras import missing  # here, for the room of it imports JAX
+
+        raise SystemExit(missing("profiling", "py-spy"))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in (svg, scope):  # what an earlier run left is not to be taken for this one's

@@ -3,6 +3,7 @@
 The room imports no other one.
 """
 
+from learnax.utils import lowest as lowest  # isort: skip  (before all that an older JAX lacks)
 from learnax.utils.trees import (
     PyTree as PyTree,
 )
