@@ -123,9 +123,6 @@ class Parts:
         self.loaders = {name: self._loader(name, dataset) for name, dataset in splits.items()}
 
         # What comes of it.
-        for sink in runs_of(settings.run) if self.processes.first else ():
-            if isinstance(sink, Sink):
-                sink.check()
         self.log = self._log()
         self.checkpointer = self._checkpointer()
         train = self.loaders["train"]
@@ -136,9 +133,7 @@ class Parts:
         )
         self.weights = Weights(settings, self.engine, self.programs, self.progress, self.checkpointer)
         self.hooks = self._hooks(traced)
-        if self.users.probes:  # what is wrong with one is told before anything is compiled
-            for kind, _, args in self._probes(self.origin.shapes(), any_key()):
-                self.engine.look(kind, args)
+        self._check_probes()
         self.validation = Validation(
             settings, self.loaders, self.engine, self.programs, self.phases, self.stops, shown=self.processes.first
         )
@@ -299,8 +294,17 @@ class Parts:
         told: list[str] = json.loads(self.processes.settle(matter, text, json.dumps))
         return told
 
+    def _check_probes(self) -> None:
+        """Traces probes: what is wrong with one is told before anything is compiled."""
+        if self.users.probes:
+            for kind, _, args in self._probes(self.origin.shapes(), any_key()):
+                self.engine.look(kind, args)
+
     def _log(self) -> Log:
         settings = self.settings
+        for sink in runs_of(settings.run) if self.processes.first else ():
+            if isinstance(sink, Sink):
+                sink.check()
         return Log(
             settings.run,
             self.engine.in_flight,
