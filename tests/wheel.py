@@ -77,8 +77,8 @@ def build(out):
     call([sys.executable, "-m", "build", "--outdir", out, ROOT], ROOT)
     (wheel,), (source,) = out.glob("*.whl"), out.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
-    shipped = {f"learnax/{path.relative_to(ROOT / 'learnax')}" for path in (ROOT / "learnax").rglob("*.py")}
-    lacking = (shipped | {"learnax/py.typed"}) - set(names)
+    files = [path for path in (ROOT / "learnax").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    lacking = {str(path.relative_to(ROOT)) for path in files} - set(names)
     strange = [name for name in names if not name.startswith(("learnax/", "learnax-"))]
     if lacking or strange:
         raise SystemExit(f"{wheel.name} lacks {sorted(lacking)} and has {strange}")
