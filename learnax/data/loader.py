@@ -124,7 +124,7 @@ class Loader:
         self._ranges = Ranges(size, stop, batch_size, (first, last), seed)
         self._collate = Collate(name, last - first)
         self._heed = Heed(heed)
-        self._at_once = type(dataset) in SLICED and seed is None and not num_workers and last - first == batch_size
+        self._at_once = seed is None and not num_workers and last - first == batch_size
         told = told and takes_epochs(dataset)
         self._reader: Reader = Here(name, dataset, self._ranges, self._collate, self._heed, told=told)
         self._workers = num_workers
@@ -199,7 +199,7 @@ class Loader:
 
     def _read(self, start: int, epoch: int) -> Iterator[Block]:
         """Blocks of batches of one signature each; what was read before an error of the data is given first."""
-        if self._at_once:
+        if self._at_once and type(self.dataset) in SLICED:
             start = yield from self._read_at_once(start)
         batches: list[list[Any]] = []
         size = 0
