@@ -1,6 +1,6 @@
 """What a run does between its steps and after its epochs: the user's hooks, plots, samples, saves, validation.
 
-`Trainer(hooks=[...])` takes objects of what is listed first here; the README has a page of it, "Between steps". The
+`Trainer(hooks=[...])` takes objects of what `__all__` lists; docs/between-steps.md is the page of it. The
 room may import checkpoints, checks, the engine and data; it must not know the loop that calls it.
 """
 
@@ -33,3 +33,23 @@ from learnax.hooks.saves import StateSaver as StateSaver
 from learnax.hooks.users import Users as Users
 from learnax.hooks.validation import Validation as Validation
 from learnax.step import View as View
+
+__all__ = [
+    "AfterValidation",
+    "At",
+    "AtEnd",
+    "EarlyStop",
+    "Every",
+    "GradientHistogram",
+    "Hook",
+    "HookError",
+    "LossSpike",
+    "Moment",
+    "Probe",
+    "SaveBest",
+    "ScaleRateOnPlateau",
+    "Timer",
+    "Trained",
+    "UpdateRatio",
+    "View",
+]
