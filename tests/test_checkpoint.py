@@ -252,6 +252,19 @@ def test_the_best_is_kept_through_later_saves(make, minimize, values, best):
     assert not again.update_best_checkpoint(make_state(20), values[best[-1] - 1], 20)
 
 
+def test_a_fresh_run_is_not_judged_by_the_best_of_the_one_before_it(make):
+    before = make(keep_best=True)
+    assert before.update_best_checkpoint(make_state(5), 0.1, 5)
+    before.wait()
+    before.close()
+    again = make(keep_best=True)
+    again.leave_behind(None)
+    assert again.update_best_checkpoint(make_state(1), 0.5, 1)
+    again.wait()
+    assert step_of(again.load_best()) == 1
+    assert not again.update_best_checkpoint(make_state(2), 0.6, 2)
+
+
 def test_nothing_is_the_best_without_its_metric_or_without_being_asked_for(make):
     asked = make(keep_best=True)
     assert asked.maybe_save_checkpoints(make_state(1), 1, {"val/rmse": 1.0}) == {}

@@ -361,7 +361,8 @@ class Checkpointer:
         except OSError as error:
             self._saver.tell(error, f"which checkpoint is the best cannot be found out, so none is saved: {error}")
             return json.dumps({"failed": True})
-        number = best(entries)
+        # Those that are moved aside before the next save are of another past.
+        number = best({number: entry for number, entry in entries.items() if not self._saver.is_left_behind(number)})
         if number is None:
             return json.dumps({"best": None})
         entry = entries[number]

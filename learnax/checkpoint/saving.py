@@ -78,6 +78,10 @@ class Saver:
         """Saves later than a number are moved aside before the next one is written."""
         self._leaves_behind = self._restart = after
 
+    def is_left_behind(self, number: int) -> bool:
+        """Whether a save is to be moved aside."""
+        return self._leaves_behind is not None and number > self._leaves_behind
+
     def check_free(self) -> None:
         """Looks whether another process owns the folder; OwnedError where one does."""
 
