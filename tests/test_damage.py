@@ -336,6 +336,13 @@ def test_any_one_value_under_a_right_seal_is_damage_or_taken(saved, broken, data
         assert error is None or isinstance(error, DamagedError) or "does not match this model" in str(error)
 
 
+@pytest.mark.parametrize("files", ["0", [], {"train/loss": 1}, 7])
+def test_a_history_under_a_right_seal_that_names_no_files_is_lost_and_the_state_is_not(broken, saved, files):
+    content = read_content(saved / "0")
+    reseal(broken, {**content, "history": {**content["history"], "files": files}})
+    assert Checkpointer.at(broken.parent).load_latest(target=make_state())["step"] > 0
+
+
 def test_a_damaged_save_stands_back_behind_the_one_before_it(tmp_path, caplog):
     saver = Checkpointer.at(tmp_path)
     for step in (1, 2):

@@ -154,9 +154,9 @@ def _read(save: Path, target: TrainState | None, *, resume: bool, blank: bool) -
 def _histories(save: Path, kept: Mapping[str, Any]) -> dict[str, np.ndarray]:
     try:
         return history.read(save.parent, kept)
-    except PermissionError:
-        raise  # they may be whole
-    except (KeyError, TypeError, OSError) as error:
+    except (PermissionError, HistoryLostError):  # of the first, they may be whole
+        raise
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise HistoryLostError(files.reason(error)) from error
 
 
