@@ -53,7 +53,7 @@ MEASURES = {
 
 def learnax(workload: Workload, target: str, **extra: Any) -> Compiled:
     """The trainer's own program."""
-    trainer = Trainer(**workload.given(1), train_only=True, steps_per_execution=1, **extra)
+    trainer = Trainer(**{**workload.given(1), "train_only": True, "steps_per_execution": 1, **extra})
     return trainer.preflight(target=target).programs["train"]
 
 

@@ -77,6 +77,7 @@ class Workload:
             "num_epochs": epochs,
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
+            "steps_per_execution": self.fused,
             "optimizer": None if self.optimizer is None else self.optimizer(self.learning_rate),
         }
 
