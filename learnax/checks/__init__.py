@@ -20,6 +20,7 @@ from learnax.checks.hooks import hook_name as hook_name
 from learnax.checks.hooks import wants_outputs as wants_outputs
 from learnax.checks.model import Traced as Traced
 from learnax.checks.model import check_model as check_model
+from learnax.checks.model import primitives_of as primitives_of
 from learnax.checks.model import tell_random as tell_random
 from learnax.checks.names import SampleMetrics as SampleMetrics
 from learnax.checks.names import check_best as check_best

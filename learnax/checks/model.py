@@ -158,7 +158,7 @@ class _Trace:
             names |= dict.fromkeys(shapes[2])
             weighted |= is_weighted(shapes[1])
             by_datum &= not model.batched or all(map(self._is_by_datum, (shapes[1], *shapes[2].values())))
-            primitives.update(_primitives(jaxpr.jaxpr))
+            primitives.update(primitives_of(jaxpr.jaxpr))
         return Traced(
             model,
             self._init,
@@ -227,11 +227,12 @@ def shown_to(model: Model, datum: list[Any], rows: int) -> list[Any]:
     return shapes
 
 
-def _primitives(jaxpr: Any) -> Iterator[str]:
+def primitives_of(jaxpr: Any) -> Iterator[str]:
+    """The names of all primitives of a traced function, those of its inner ones included."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
     for inner in jax.extend.core.subjaxprs(jaxpr):
-        yield from _primitives(inner)
+        yield from primitives_of(inner)
 
 
 def _check_params(params: PyTree) -> None:

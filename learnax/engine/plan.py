@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 FUSED = 16
 """Steps in a dispatch where fusing pays: enough to hide what a dispatch costs the host."""
@@ -67,30 +68,19 @@ def plan(
         epoch_steps: steps in an epoch, or None where nobody knows; more in a dispatch would be padding.
         state_bytes: size of the training state.
     """
-    made = _plan(asked, platform, primitives, step_bytes, epoch_steps, state_bytes)
-    return dataclasses.replace(made, step_bytes=step_bytes, selects=selects(platform))
-
-
-def _plan(
-    asked: int | str,
-    platform: str,
-    primitives: frozenset[str],
-    step_bytes: int,
-    epoch_steps: int | None,
-    state_bytes: int,
-) -> Plan:
     # Measured on a 2-core CPU: a convolution inside a loop takes 9 times as long as outside.
     looped = not (platform == "cpu" and "conv_general_dilated" in primitives)
+    made = functools.partial(Plan, looped=looped, step_bytes=step_bytes, selects=selects(platform))
     if asked != "auto":
-        return Plan(min(int(asked), epoch_steps or int(asked)), "as asked for, or as many as an epoch has", looped)
+        return made(min(int(asked), epoch_steps or int(asked)), "as asked for, or as many as an epoch has")
     if platform not in ("cpu", "gpu"):
-        return Plan(1, f"fusing is not measured on {platform}", looped)
+        return made(1, f"fusing is not measured on {platform}")
     if platform == "gpu" and state_bytes > SMALL_STATE_BYTES:
-        return Plan(1, f"with {state_bytes / 1e6:.0f} MB of state, a step takes longer than its dispatch", looped)
+        return made(1, f"with {state_bytes / 1e6:.0f} MB of state, a step takes longer than its dispatch")
     if not looped:
-        return Plan(1, "a convolution is slower inside a loop on a CPU", looped)
+        return made(1, "a convolution is slower inside a loop on a CPU")
     room = FUSED
     while room > 1 and room * step_bytes > BLOCK_BYTES:
         room //= 2
     why = "dispatches cost more than steps" if room == FUSED else f"their data must fit into {BLOCK_BYTES >> 20} MB"
-    return Plan(min(room, epoch_steps or room), why, looped)
+    return made(min(room, epoch_steps or room), why)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -70,7 +70,7 @@ class Probe(Hook):
         """
         values = self._called(view)
         traced = jax.make_jaxpr(self._called)(view)
-        calls = sorted(set(_primitives(traced.jaxpr)) & set(_CALLS_BACK))
+        calls = sorted(set(checks.primitives_of(traced.jaxpr)) & set(_CALLS_BACK))
         if calls or traced.jaxpr.effects:
             what = ", ".join(calls) or ", ".join(map(str, traced.jaxpr.effects))
             raise HookError(
@@ -119,10 +119,3 @@ class Probe(Hook):
                 "then=function(moment, values), or reduce it"
             )
         return array
-
-
-def _primitives(jaxpr: Any) -> Iterator[str]:
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-    for inner in jax.extend.core.subjaxprs(jaxpr):
-        yield from _primitives(inner)

@@ -9,7 +9,29 @@ from learnax.hooks.moment import Moment
 from learnax.hooks.ready.record import Record
 
 
-class EarlyStop(Hook):
+class _Patient(Hook):
+    """Watches whether a metric gets better; see `EarlyStop` for the arguments."""
+
+    def __init__(self, metric: str, patience: int, min_delta: float, mode: str, name: str | None):
+        self.metric, self.name = metric, name
+        self._patience = whole_number(f"{type(self).__name__}: patience", patience)
+        self._record = Record(mode, min_delta)
+
+    def _is_over(self, moment: Moment) -> bool:
+        """Takes the value of a validation; whether it was one too many without a better one."""
+        assert self.metric is not None
+        return not self._record.take(moment.metrics[self.metric]) and self._record.since >= self._patience
+
+    def state(self) -> Any:
+        """The best value, and how long ago it was."""
+        return self._record.state()
+
+    def restore(self, state: Any) -> None:
+        """Goes on with it."""
+        self._record.restore(state)
+
+
+class EarlyStop(_Patient):
     """Ends the run once a metric has got no better for some validations.
 
     Args:
@@ -26,27 +48,16 @@ class EarlyStop(Hook):
     def __init__(
         self, metric: str, patience: int, min_delta: float = 0.0, mode: str = "min", *, name: str | None = None
     ):
-        self.metric, self.name = metric, name
-        self._patience = whole_number("EarlyStop: patience", patience)
-        self._record = Record(mode, min_delta)
+        super().__init__(metric, patience, min_delta, mode, name)
 
     def after_validation(self, moment: Moment) -> None:
         """Compares."""
-        assert self.metric is not None
-        if not self._record.take(moment.metrics[self.metric]) and self._record.since >= self._patience:
+        if self._is_over(moment):
             best = "no value" if self._record.best is None else f"{self._record.best:.6g}"
             moment.stop(f"{self.metric} has got no better than {best} for {self._record.since} validation(s)")
 
-    def state(self) -> Any:
-        """The best value, and how long ago it was."""
-        return self._record.state()
 
-    def restore(self, state: Any) -> None:
-        """Goes on with it."""
-        self._record.restore(state)
-
-
-class ScaleRateOnPlateau(Hook):
+class ScaleRateOnPlateau(_Patient):
     """Multiplies the learning rate each time that a metric has got no better for some validations.
 
     Args:
@@ -71,24 +82,13 @@ class ScaleRateOnPlateau(Hook):
         *,
         name: str | None = None,
     ):
-        self.metric, self.name = metric, name
-        self._patience = whole_number("ScaleRateOnPlateau: patience", patience)
+        super().__init__(metric, patience, min_delta, mode, name)
         if not 0 < factor < 1:
             raise ValueError(f"ScaleRateOnPlateau: factor must be above 0 and below 1, but is {factor!r}")
         self._factor = factor
-        self._record = Record(mode, min_delta)
 
     def after_validation(self, moment: Moment) -> None:
         """Compares."""
-        assert self.metric is not None
-        if not self._record.take(moment.metrics[self.metric]) and self._record.since >= self._patience:
+        if self._is_over(moment):
             self._record.since = 0
             moment.scale_rate(self._factor)
-
-    def state(self) -> Any:
-        """The best value, and how long ago it was."""
-        return self._record.state()
-
-    def restore(self, state: Any) -> None:
-        """Goes on with it."""
-        self._record.restore(state)
