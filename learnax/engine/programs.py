@@ -99,12 +99,24 @@ class Programs:
         engine, state = self._engine, jax.tree.map(_canonical, state)
         if not self._packs(state):
             return state if ours else engine.own(state, engine.layout)
-        if self._form is None or not self._form.fits(state):
-            self._form = Form(state)
-        packed = self._form.pack(self._form.map_small(np.asarray, state))
+        form = self._form_of(state)
+        packed = form.pack(form.map_small(np.asarray, state))
         if not ours:
             return engine.own(packed)
         return jax.tree.map(lambda array: array if isinstance(array, jax.Array) else engine.own(array), packed)
+
+    def live_shapes(self, shapes: TrainState) -> TrainState | Packed:
+        """What `live` makes of a state, as shapes."""
+        if not self._packs(shapes):
+            return shapes
+        form = self._form_of(shapes)
+        packed = form.pack(form.map_small(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), packed)
+
+    def _form_of(self, state: TrainState) -> Form:
+        if self._form is None or not self._form.fits(state):
+            self._form = Form(state)
+        return self._form
 
     def _packs(self, state: TrainState) -> bool:
         # What lies in parts is no vector; and of several processes, one alone may look at its state.

@@ -15,7 +15,7 @@ from learnax.engine import SAME, SPLIT, Engine, Wanted
 from learnax.engine.plan import RESIDENT_BYTES, Plan, plan
 from learnax.engine.programs import Programs
 from learnax.engine.sharding import Gather, divided
-from learnax.parts.progress import Origin
+from learnax.parts.origin import Origin
 from learnax.step import AXIS, Packed, Recipe
 from learnax.step.state import TrainState
 from learnax.utils import PyTree, tree_bytes
@@ -80,7 +80,7 @@ class Draft:
         rounds = jax.eval_shape(lambda: rounds_of(size, 0, 0))
         return Shuffled(self.batches(size), rounds, size, self.lies)
 
-    def wanted(self, live: TrainState | Packed, seq: jax.Array, sizes: Mapping[str, int]) -> list[Wanted]:
+    def wanted(self, live: TrainState | Packed, seq: Any, sizes: Mapping[str, int]) -> list[Wanted]:
         """The programs of a run.
 
         Args:

@@ -144,13 +144,16 @@ class Parts:
         self.log.facts = Facts(self)
 
     def compile(self) -> None:
-        """Compiles the run's programs, on the shapes of each split's first datum."""
+        """Compiles the run's programs, on the shapes of each split's first datum, and has the state there."""
         progress = self.progress
-        wanted = self.draft.wanted(progress.live, progress.seq, self._sizes)
+        live, seq = progress.live_shapes, any_key()
+        wanted = self.draft.wanted(live, seq, self._sizes)
         seen, batch = evaluated(progress.shapes.params, progress.shapes), self.draft.batches(self.settings.batch_size)
         wanted += [show.wanted(seen, batch) for show in self.hooks.shows if isinstance(show, Sampler)]
-        wanted += self._probes(progress.live, progress.seq)
+        wanted += self._probes(live, seq)
         self.engine.prepare(wanted)
+        with self.phases.compile:
+            progress.settle()
 
     def _probes(self, live: Any, seq: Any) -> list[Wanted]:
         """The programs of the hooks' probes, for a state as training takes it, or for its shapes."""

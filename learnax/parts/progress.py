@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,18 +19,14 @@ from learnax.engine import SAME, Engine
 from learnax.engine.programs import Programs
 from learnax.hooks import Users
 from learnax.log import Log
-from learnax.models import Model
+from learnax.parts.origin import Coming, Origin
 from learnax.step import (
-    Init,
     LearningRate,
     Packed,
-    fresh_state,
     hyperparams,
     key_pair,
     scaled_rates,
-    split,
     wide,
-    with_axis,
     with_rate,
 )
 from learnax.step.state import TrainState, as_train_state
@@ -59,89 +52,6 @@ class Position:
     marks: dict[str, int] = dataclasses.field(default_factory=dict)
     steps: int = 0
     validated: int | None = None
-
-
-class Origin:
-    """The state that a run begins with, the same for the same seed.
-
-    Args:
-        settings: of the run.
-        model: what is trained.
-        init: see `learnax.step.initial`.
-        optimizer: the optax transformation.
-        datum: the model's arguments for one datum.
-        engine: lays it out.
-    """
-
-    def __init__(self, settings: Settings, model: Model, init: Init, optimizer: Any, datum: list[Any], engine: Engine):
-        self._settings = settings
-        self._model = model
-        self._init = init
-        self._optimizer = optimizer
-        self._datum = datum
-        self._engine = engine
-
-    @property
-    def makes_all(self) -> bool:
-        """Whether each array of a fresh state is a new one: the model brings none."""
-        return self._model.made() is None
-
-    def begin(self) -> tuple[TrainState, jax.Array]:
-        """A fresh state, on the devices, and the random sequence of the run."""
-        # Where the state is divided, it is nowhere whole, not even at first.
-        layout = self._engine.shardings((self._engine.layout, SAME))
-        traced = jax.jit(self.fresh, out_shardings=layout).trace(*self._given)
-        with _random_numbers_of_a_kernel():
-            lowered = traced.lower()
-        begun: tuple[TrainState, jax.Array] = lowered.compile()(*self._given)
-        return begun
-
-    @property
-    def _given(self) -> tuple[Any, ...]:
-        """What a fresh state is made from."""
-        return np.uint32(self._settings.seed), self._datum, self._model.made()
-
-    def fresh(self, seed: Any, datum: list[Any], made: Any) -> tuple[TrainState, jax.Array]:
-        """One program, as each takes a start its time; and of the seed, to serve another one, too."""
-        seq, key = key_pair(seed)
-        averages = self._settings.ema is not None
-        make = functools.partial(fresh_state, self._model, self._init, self._optimizer, averages, made, key, datum)
-        return (with_axis(make) if self._engine.mapped else make()), seq
-
-    def state(self) -> TrainState:
-        """A fresh state, on the devices."""
-        return self.begin()[0]
-
-    def shapes(self) -> TrainState:
-        """Its shapes, and how it lies where it is divided."""
-        shapes: TrainState = jax.eval_shape(self.fresh, *self._given)[0]
-        if self._engine.layout == SAME:
-            return shapes
-        return jax.tree.map(
-            lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
-            shapes,
-            self._engine.shardings(self._engine.layout),
-        )
-
-    def hyperparams(self) -> dict[str, Any]:
-        """Those that the optimiser's fresh state keeps."""
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.shapes().params)
-        return jax.jit(lambda: hyperparams(self._optimizer.init(split(self._optimizer, zeros)[0])))()
-
-
-@contextlib.contextmanager
-def _random_numbers_of_a_kernel() -> Iterator[None]:
-    """What is lowered inside for a GPU draws its random numbers by a kernel that JAX brings: the same numbers.
-
-    By default they become code at each place where some are drawn. A program that draws the parameters of a GPT of
-    124 M was compiled for an H100 in 16 to 20 s so, and in 4 by the kernel (2 cores).
-    """
-    before = jax.config.jax_threefry_gpu_kernel_lowering  # type: ignore[attr-defined]
-    jax.config.update("jax_threefry_gpu_kernel_lowering", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_threefry_gpu_kernel_lowering", before)
 
 
 class Progress:
@@ -183,6 +93,7 @@ class Progress:
         self._checkpointer = checkpointer
         self._users = users
         self._live: TrainState | Packed | None = None
+        self._coming: Coming | None = None  # the fresh state, until someone needs it
         self._seen: TrainState | None = None  # what the live state came to when it was looked at
         self._seq_data: jax.Array | None = None
         self.position = Position()
@@ -192,6 +103,7 @@ class Progress:
     @property
     def live(self) -> TrainState | Packed:
         """The state as training takes it."""
+        self.settle()
         assert self._live is not None
         return self._live
 
@@ -208,7 +120,7 @@ class Progress:
         self._take(given._replace(step=np.int32(given.step)), ours=False)
 
     def _take(self, state: TrainState, *, ours: bool) -> None:
-        self._seen = None
+        self._seen = self._coming = None
         self._live = self._programs.live(state, ours=ours)
         self.places = self._programs.places(self._live)
 
@@ -218,8 +130,13 @@ class Progress:
 
     @property
     def shapes(self) -> TrainState:
-        """Those of the live state: to ask for them dispatches nothing."""
-        return self._programs.shapes(self.live)
+        """Those of the live state: to ask for them dispatches nothing, and waits for nothing."""
+        return self._programs.shapes(self.live) if self._coming is None else self._coming.shapes
+
+    @property
+    def live_shapes(self) -> TrainState | Packed:
+        """`live`, or its shapes: to ask for them waits for nothing."""
+        return self.live if self._coming is None else self._programs.live_shapes(self._coming.shapes)
 
     @property
     def seq(self) -> jax.Array:
@@ -233,6 +150,7 @@ class Progress:
     @property
     def seq_data(self) -> jax.Array:
         """The numbers of the random sequence."""
+        self.settle()
         if self._seq_data is None:
             self.seq = self._engine.put(key_pair(self._settings.seed)[0], SAME)
         assert self._seq_data is not None
@@ -324,8 +242,13 @@ class Progress:
             self.state = state
             self._log.step = int(as_train_state(state).step)
             self.position = Position(marks=self._log.lengths())
-        if self._live is None and not self._load():
-            state, seq = self._origin.begin()
+        if self._live is None and self._coming is None and not self._load():
+            self._coming = self._origin.begin()
+
+    def settle(self) -> None:
+        """Waits for the fresh state, where it is on its way."""
+        if self._coming is not None:
+            state, seq = self._coming.made()
             self._take(state, ours=self._origin.makes_all)
             self.seq = self._engine.put(seq, SAME)
 

@@ -200,7 +200,7 @@ def packs(recipe: Recipe, like: TrainState) -> bool:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Packed:
     """A training state, packed.
 

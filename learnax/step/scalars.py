@@ -17,8 +17,8 @@ class Names(tuple[str, ...]):
     """The names of a vector's numbers, under which it stands among scalars."""
 
 
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
 class Scalars:
     """Scalars in one array, with a name for each column: one transfer instead of many.
 
@@ -27,7 +27,7 @@ class Scalars:
         values: `(n, len(names))`, a row for each step.
     """
 
-    names: tuple[Any, ...]
+    names: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
     values: Any
 
     @classmethod
@@ -39,12 +39,3 @@ class Scalars:
         values = jnp.stack([jnp.asarray(value).astype(dtype) for value in alone.values()])
         names = (*alone, *(name for each in vectors for name in each))
         return cls(names, jnp.concatenate([values, *(value.astype(dtype) for value in vectors.values())]))
-
-    def tree_flatten(self) -> tuple[tuple[Any], tuple[Any, ...]]:
-        """The array, and the names as part of the structure."""
-        return (self.values,), self.names
-
-    @classmethod
-    def tree_unflatten(cls, names: tuple[Any, ...], children: tuple[Any]) -> Scalars:
-        """The inverse."""
-        return cls(names, *children)
