@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from learnax.hooks import (
@@ -21,7 +22,15 @@ from learnax.hooks import (
 )
 from learnax.loss import LossPipe
 from learnax.utils import leaves_by_path
-from tests.helpers import MemoryRun, Poisonable, Streamed, assert_trees_equal, make_data, make_trainer
+from tests.helpers import (
+    MemoryRun,
+    Poisonable,
+    Streamed,
+    assert_trees_close,
+    assert_trees_equal,
+    make_data,
+    make_trainer,
+)
 
 HELD_OUT = {"val_datasets": [make_data(16, 1)]}
 RISING = {"learning_rate": 0.1, "num_epochs": 8, **HELD_OUT}
@@ -207,6 +216,48 @@ def test_spikes_are_told_and_nothing_changes_a_bit(tmp_path, caplog):
     assert [text.split()[4] for text in told] == ["14", "30"]
     assert told[1].endswith("its batch is not kept, there are enough")
     assert [path.name for path in tmp_path.glob("*.npz")] == ["step-14.npz"]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_spike_is_skipped_and_the_run_is_as_if_it_had_not_come(tmp_path, caplog, count, steps):
+    calm, data = make_data(8 * 8, 1), spiky()
+    options = {**SPIKY, "steps_per_execution": steps, "devices": jax.devices()[:count], "num_epochs": 1}
+    spikes = LossSpike(10, tmp_path / "spikes", every=3, stop=False)
+    optimizer = spikes.skipping(optax.adam(1e-2))
+    trainer = make_trainer(hooks=[spikes], optimizer=optimizer, **{**options, "train_dataset": calm + data})
+    trainer.train()
+    assert trainer.train_state.step == 16
+    assert trainer.train_state.opt_state.skipped == 1
+    (told,) = [text for text in caplog.messages if text.startswith("the loss of step 14 is")]
+    assert told.endswith("step-14.npz, its update was left out")
+    assert [path.name for path in (tmp_path / "spikes").iterdir()] == ["step-14.npz"]
+
+    without = calm + data[: 8 * 5] + data[8 * 6 :]  # without the batch of step 14
+    optimizer = LossSpike(10, tmp_path).skipping(optax.adam(1e-2))
+    other = make_trainer(optimizer=optimizer, **{**options, "train_dataset": without})
+    other.train()
+    assert other.train_state.opt_state.skipped == 0
+    assert_trees_equal(trainer.train_state.params, other.train_state.params)
+    assert_trees_equal(trainer.train_state.opt_state.inner, other.train_state.opt_state.inner)
+    # Of numbers that never jump, it is the optimiser itself.
+    plain = make_trainer(optimizer=optax.adam(1e-2), **{**options, "train_dataset": without})
+    plain.train()
+    assert_trees_close(other.train_state.params, plain.train_state.params)
+
+
+def test_a_run_that_goes_on_skips_what_it_would_have_skipped(tmp_path):
+    options = SPIKY | {"train_dataset": make_data(8 * 8, 1) + spiky(), "num_epochs": 1}
+    optimizer = lambda: LossSpike(10, tmp_path).skipping(optax.adam(1e-2))  # noqa: E731
+    whole = make_trainer(optimizer=optimizer(), **options)
+    whole.train()
+    cut = options | {"registry": "r"}
+    make_trainer(optimizer=optimizer(), hooks=[At([11], lambda moment: moment.stop("enough"), "s")], **cut).train()
+    trainer = make_trainer(optimizer=optimizer(), load_checkpoint=True, **cut)
+    assert trainer.train_state.step == 11
+    trainer.train()
+    assert_trees_equal(trainer.train_state, whole.train_state)
+    assert trainer.train_state.opt_state.skipped == 1
 
 
 def test_what_was_trained_on_is_told_step_by_step():

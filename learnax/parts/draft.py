@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from learnax import checks
 from learnax.checks import Settings
 from learnax.data import FirstDatum, stays
-from learnax.engine import SAME, SPLIT, Engine, Wanted
+from learnax.engine import BATCHES, SAME, Engine, Wanted
 from learnax.engine.plan import RESIDENT_BYTES, Plan, plan
 from learnax.engine.programs import Programs
 from learnax.engine.sharding import Gather, divided
@@ -69,8 +69,8 @@ class Draft:
 
     @property
     def lies(self) -> Any:
-        """How a batch that is gathered lies, where XLA's partitioner divides it."""
-        return None if self._engine.layout == SAME else self._engine.sharding(SPLIT)
+        """How batches that are gathered lie, where XLA's partitioner divides them."""
+        return None if self._engine.layout == SAME else self._engine.sharding(BATCHES)
 
     def block(self, split: str) -> PyTree:
         """The shapes of a split's blocks."""

@@ -13,7 +13,7 @@ from learnax.step.guard import looked_into
 from learnax.step.packed import Form, Packed
 from learnax.step.packing import Packing
 from learnax.step.patterns import split
-from learnax.step.recipe import AXIS, Recipe, keys_of, next_keys, share_of
+from learnax.step.recipe import AXIS, Recipe, batch_of, keys_of, next_keys, shares_of
 from learnax.step.state import TrainState
 from learnax.step.training import loss_at, of_all
 from learnax.utils import PyTree, is_key, key_data, like_key
@@ -67,9 +67,10 @@ def probe(
     state = live.form.whole(live, Form.small) if isinstance(live, Packed) else live
     packing = Packing(split(recipe.optimizer, state.params)[0])
     _, keys = next_keys(jax.random.wrap_key_data(seq), recipe.accumulate, recipe.accumulate)
+    batches, start = shares_of(recipe, batches, start, recipe.accumulate)
 
     def take(number: Any) -> tuple[jax.Array, PyTree]:
-        return keys_of(recipe, keys[number]), share_of(recipe, batches, start + number)
+        return keys_of(recipe, keys[number]), batch_of(batches, start + number)
 
     share, outputs = of_all(recipe, packing, True, state, state.params, take)
     value = functools.partial(loss_at, recipe, packing, state, take)

@@ -16,7 +16,7 @@ from learnax.step.many import many
 from learnax.step.packed import Packed
 from learnax.step.packing import Packing
 from learnax.step.patterns import split
-from learnax.step.recipe import Recipe, keys_of, next_keys, share_of, sum_over_devices, wide
+from learnax.step.recipe import Recipe, batch_of, keys_of, next_keys, shares_of, sum_over_devices, wide
 from learnax.step.scalars import Names, Scalars
 from learnax.step.scaling import followed, inner
 from learnax.step.state import TrainState
@@ -68,7 +68,7 @@ def train(
         with_outputs: whether the outputs are given, or None; of several batches, those of the last.
         state: the state before.
         keys: a key for each of `accumulate` batches, and maybe more behind them.
-        batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`; or `Shuffled` data.
+        batches: this device's share of n batches, leaves `(n, batch_size // shards, ...)`.
         index: the step's batch (the first of `accumulate`) among the n; beyond the last it goes on at the first.
 
     Returns:
@@ -76,7 +76,7 @@ def train(
     """
 
     def take(number: Any) -> tuple[jax.Array, PyTree]:
-        batch = share_of(recipe, batches, index + number)
+        batch = batch_of(batches, index + number)
         return keys_of(recipe, keys[number]), batch
 
     state, scalars, outputs = _step(recipe, packing, with_outputs, state, take)
@@ -202,6 +202,7 @@ def train_many(
     # A jitted function is traced once, for both uses below: its shapes, and the loop.
     step = jax.jit(functools.partial(train, recipe, packing, with_outputs), inline=True)
     sequence, keys = next_keys(jax.random.wrap_key_data(seq), count * recipe.accumulate, room * recipe.accumulate)
+    batches, start = shares_of(recipe, batches, start, room * recipe.accumulate)
 
     def one(state: TrainState, number: Any) -> tuple[TrainState, Scalars, Any]:
         first = number * recipe.accumulate

@@ -69,7 +69,7 @@ class Shuffled:
         rows: all data, leaves `(size, ...)`, the same on each device.
         rounds: of the epoch's permutation, see `rounds_of`.
         size: data.
-        lies: how a batch is to lie on the devices, where it is divided by XLA's partitioner; None else.
+        lies: how batches are to lie on the devices, where XLA's partitioner divides them; None else.
     """
 
     rows: Any
@@ -77,9 +77,22 @@ class Shuffled:
     size: int = dataclasses.field(metadata={"static": True})
     lies: Any = dataclasses.field(default=None, metadata={"static": True})
 
-    def batch(self, first: Any, count: int) -> Any:
-        """The data at `count` places of the order, from place `first` on, leaves `(count, ...)`."""
-        places = jnp.asarray(first).astype(jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
+    def batches(self, first: Any, count: int, size: int, start: Any, share: int) -> Any:
+        """Some batches of the order, gathered at once: an array of places costs a program little more than one place.
+
+        Args:
+            first: the number of the first of them; those beyond the end of the data are of the last datum.
+            count: batches.
+            size: data of a batch.
+            start: the first datum of each that is wanted.
+            share: data of each that are wanted.
+
+        Returns:
+            Leaves `(count, share, ...)`.
+        """
+        numbers = jnp.asarray(first).astype(jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
+        places = numbers[:, None] * jnp.uint32(size) + jnp.asarray(start).astype(jnp.uint32)
+        places = jnp.minimum(places + jnp.arange(share, dtype=jnp.uint32), jnp.uint32(self.size - 1))
         rows = permuted(places, self.size, self.rounds, jnp)
-        batch = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), self.rows)
-        return batch if self.lies is None else jax.lax.with_sharding_constraint(batch, self.lies)
+        batches = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), self.rows)
+        return batches if self.lies is None else jax.lax.with_sharding_constraint(batches, self.lies)

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from learnax.hooks.given import Hook, whole_number
 from learnax.hooks.moment import Moment, Trained
+from learnax.hooks.ready.skipping import FEW, without_spikes
 from learnax.utils import leaves_by_path
 
 _logger = logging.getLogger("learnax")
-_FEW = 8
-"""Losses before which none is a spike."""
 
 
 class LossSpike(Hook):
-    """Keeps the batch of each step whose loss is `factor` times the median of those before, and ends the run.
+    """Keeps the batch of each step whose loss is `factor` times the median of those before; ends the run, or skips it.
 
     The losses of all steps are looked at, together, every `every` steps: the run ends up to as many steps after the
     spike, and in between nothing waits for the device. Until then the batches of these steps stay in the host's memory.
     A step's batch is in `<folder>/step-<n>.npz`: `step`, `loss`, and `batch/<path>` for each part of the data, leaves
     `(n, ...)`; of several processes the first one's part. A run that goes on from a checkpoint looks at the steps after
     it.
+
+    With `skipping`, the update of such a step is left out, in the compiled step itself:
+
+        spikes = LossSpike(4, "spikes", stop=False)
+        Trainer(..., optimizer=spikes.skipping(optax.adam(1e-3)), hooks=[spikes])
 
     Args:
         factor: above 1.
@@ -61,11 +65,24 @@ class LossSpike(Hook):
         self.name = name
         self._factor, self._stop = factor, stop
         self._every = whole_number("LossSpike: every", every)
-        self._window = max(_FEW, whole_number("LossSpike: window", window))
+        self._window = max(FEW, whole_number("LossSpike: window", window))
         self._left = whole_number("LossSpike: most", most)
         self._folder = Path(folder).expanduser()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._losses: list[float] = []
+        self._skips = False
+
+    def skipping(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+        """An optimiser for the trainer that makes no update where this hook finds a spike, whatever `every` is.
+
+        Parameters and the optimiser's own state stay as they are there; the step counts. What it goes by is part of the
+        optimiser's state, so that a run that goes on skips the same; `trainer.train_state.opt_state.skipped` counts.
+
+        Args:
+            optimizer: any of optax's.
+        """
+        self._skips = True
+        return without_spikes(optimizer, self._factor, self._window)
 
     def next_due(self, step: int) -> float:
         """The next multiple of `every`."""
@@ -75,10 +92,12 @@ class LossSpike(Hook):
         """Looks at the losses since the last call."""
         for trained in moment.recent:
             loss = trained.metrics["train/loss"]
-            usual = statistics.median(self._losses) if len(self._losses) >= _FEW else None
-            if usual is not None and not loss <= self._factor * usual:
+            # In float32, as the step decides.
+            usual = np.median(np.asarray(self._losses, np.float32)) if len(self._losses) >= FEW else None
+            if usual is not None and not np.float32(loss) <= np.float32(self._factor) * usual:
                 where = self._keep(trained, loss)
                 text = f"the loss of step {trained.step} is {loss:.6g}, and {usual:.6g} the median before it; {where}"
+                text += ", its update was left out" if self._skips else ""
                 if self._stop:
                     moment.stop(text)
                 else:
