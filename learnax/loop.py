@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from learnax.data import Block, ShuffledBlock
-from learnax.hooks import Point, due
+from learnax.hooks import Point, Seen, due
 from learnax.hooks.due import Action
 from learnax.parts import Parts
 from learnax.session import Session
@@ -77,7 +77,7 @@ class Loop:
             room = min(self.parts.plan.room, self._profiler.room(step, self._progress.position.epoch))
             count = int(min((end - start) // batches, room, edge - step, left))
             if self._users.probes:
-                count = self._users.count(step, count)
+                count = self._users.count(step, self._progress.position.steps, count)
             outputs = self._dispatch(block, start, count)
             start += count * batches
             # Where an update turns out to have been dropped, the step count falls back, and another edge may be next.
@@ -90,8 +90,7 @@ class Loop:
         self._log.wait_for_room()
         first = bool(self._progress.places)
         phase = self._phases.first if first else self._phases.dispatch
-        if self._users.look:
-            self._look(block, start, count)
+        seen = self._look(block, start, count) if self._users.look else None
         with self._profiler.steps(self._log.step_at_most, count), phase:
             live, seq, scalars, outputs = self._programs.train(
                 self._progress.live, self._progress.seq_data, block, start, count
@@ -99,7 +98,7 @@ class Loop:
             self._progress.advance(live, seq, count * self._settings.accumulate_steps)
             if first:
                 self._progress.check_first()
-        self._log.push(scalars, count, self._progress.position.epoch)
+        self._log.push(scalars, count, self._progress.position.epoch, seen)
         return outputs
 
     def _between(self, block: Block, batch: int, outputs: PyTree) -> None:
@@ -170,12 +169,16 @@ class Loop:
         with self._phases.plot:
             return show(point)
 
-    def _look(self, block: Block, start: int, count: int) -> None:
-        """Lets the user's hooks look at what is about to be trained on: probes, before a step takes over the state."""
+    def _look(self, block: Block, start: int, count: int) -> Seen | None:
+        """Lets the user's hooks look at what is about to be trained on: probes, before a step takes over the state.
+
+        Returns:
+            See `learnax.hooks.Users.probe`.
+        """
         self._users.remember(block, start, count, self._settings.accumulate_steps)
         live, seq = self._progress.live, self._progress.seq_data
         dispatch = lambda kind: self._programs.dispatch_probe(kind, live, seq, block, start)  # noqa: E731
-        self._users.probe(self._log.step_at_most, dispatch)
+        return self._users.probe(self._log.step_at_most, self._progress.position.steps, dispatch)
 
     def _validated(self, point: Point) -> None:
         """Calls the user's hooks after a validation."""

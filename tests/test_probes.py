@@ -84,8 +84,8 @@ def test_steps_between_pay_nothing():
     calls = [{p.kind: p.calls for p in each.engine.programs.values()} for each in (trainer, plain)]
     assert calls[1] == {"train": 7}
     assert calls[0]["probe norms"] == 2
-    # In blocks of 16: three of 16; 1, the step that is looked into, 14; two of 16; 3, the other one.
-    assert calls[0]["train"] == 10
+    # In blocks of 16: three of 16; 1, then 15, the first of which is looked into; two of 16; 3, the other one.
+    assert calls[0]["train"] == 9
 
 
 def test_a_probe_of_every_step_and_one_of_a_resumed_run():
@@ -111,13 +111,18 @@ def test_of_an_update_that_is_dropped_nothing_is_kept():
     probe = Probe(1, lambda view: {"grads": optax.tree_utils.tree_norm(view.grads)}, "p")
     trainer = make_trainer(train_dataset=data, losses=LossPipe([Poisonable()]), hooks=[probe])
     trainer.train()
-    # That an update was dropped is known only after the look: then the step that is due is looked into once more.
-    rare = Probe(4, lambda view: {"step": view.step}, "rare")
-    late = make_trainer(train_dataset=data, losses=LossPipe([Poisonable()]), hooks=[rare])
-    late.train()
-    assert late.metrics["train/rare/step"] == [3, 7]
-    assert late.engine.programs[next(kind for kind in late.engine.programs if kind[0] == "probe rare")].calls == 4
-    assert_trees_equal(late.train_state, trainer.train_state)
+    # That an update was dropped is known only after the look. Where a hook waits for what is seen, the step that is due
+    # is looked into once more; else all training steps count, and the eighth is dropped.
+    function = lambda view: {"step": view.step}  # noqa: E731
+    for then, steps, calls in [(lambda moment, values: None, [3, 7], 4), (None, [2], 2)]:
+        rare = Probe(4, function, "rare", then=then)
+        late = make_trainer(train_dataset=data, losses=LossPipe([Poisonable()]), hooks=[rare])
+        late.train()
+        assert late.metrics["train/rare/step"] == steps
+        assert (
+            late.engine.programs[next(kind for kind in late.engine.programs if kind[0] == "probe rare")].calls == calls
+        )
+        assert_trees_equal(late.train_state, trainer.train_state)
     assert len(trainer.metrics["train/p/grads"]) == trainer.train_state.step == 8
     assert np.isfinite(trainer.metrics["train/p/grads"]).all()
 

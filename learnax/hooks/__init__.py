@@ -30,6 +30,7 @@ from learnax.hooks.samples import sample_params as sample_params
 from learnax.hooks.saves import BestSaver as BestSaver
 from learnax.hooks.saves import ModelSaver as ModelSaver
 from learnax.hooks.saves import StateSaver as StateSaver
+from learnax.hooks.users import Seen as Seen
 from learnax.hooks.users import Users as Users
 from learnax.hooks.validation import Validation as Validation
 from learnax.step import View as View

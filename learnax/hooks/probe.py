@@ -26,7 +26,8 @@ class Probe(Hook):
     The function is compiled into a program of its own, which is dispatched right before the step, on the same state,
     random keys and batch. It computes gradients and updates once more, so that a step that is looked into takes about
     twice as long; the steps between pay nothing, and the run keeps its bits. What is seen is that of the step but for
-    rounding: another program may add in another order.
+    rounding: another program may add in another order. Without `then` nothing waits for it: its metrics join those of
+    the step when these are read, and `every` counts all training steps, those whose update is dropped included.
 
     Args:
         every: steps from one look to the next, 1 or more: at `every`, 2 `every`, ...
@@ -58,6 +59,12 @@ class Probe(Hook):
         self._function, self._then, self.everywhere = function, then, everywhere
         self.name = name or getattr(function, "__name__", type(function).__name__)
 
+    @property
+    def late(self) -> bool:
+        """Whether nothing on the host is due at its steps: all that comes of it is metrics of numbers."""
+        own = type(self)
+        return self._then is None and own.seen is Probe.seen and own.next_due is Probe.next_due
+
     def next_due(self, step: int) -> float:
         """The next multiple of `every`."""
         return step - step % self._every + self._every
@@ -81,11 +88,15 @@ class Probe(Hook):
 
     def seen(self, moment: Moment, values: dict[str, np.ndarray]) -> Returned:
         """Takes what the function made of a step; returns what joins its metrics."""
-        metrics = {f"{self.name}/{name}": float(value) for name, value in values.items() if not value.ndim}
+        metrics = self.metrics_of(values)
         more = None if self._then is None else self._then(moment, values)
         if more is None or not isinstance(more, Mapping):
             return metrics if more is None else more
         return {**metrics, **more}
+
+    def metrics_of(self, values: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """The scalars among what the function made of a step, under their names."""
+        return {f"{self.name}/{name}": float(value) for name, value in values.items() if not value.ndim}
 
     def _called(self, view: View) -> dict[str, jax.Array]:
         who = f"probe {self.name!r}"

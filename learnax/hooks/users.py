@@ -24,9 +24,12 @@ from learnax.hooks.given import Hook, HookError
 from learnax.hooks.moment import Asked, Ground, Moment, Trained
 from learnax.hooks.plain import plain
 from learnax.hooks.probe import Probe
+from learnax.step import View
 from learnax.utils import tree_unstack
 
 _logger = logging.getLogger("learnax")
+Seen = Callable[[], dict[str, float]]
+"""Gives what probes have seen of a step, once its own metrics are there."""
 VALIDATION = "validation/"
 """What the values that hooks return after a validation are kept under."""
 
@@ -44,6 +47,7 @@ class _Known:
         self.everywhere, self.outputs = bool(getattr(hook, "everywhere", False)), checks.wants_outputs(hook)
         self.kept: Any = None
         self.recent: list[tuple[Block, list[int]]] | None = [] if getattr(hook, "recent", False) else None
+        self.late = isinstance(hook, Probe) and hook.late
 
     def has(self, method: str) -> bool:
         """Whether it does something of its own there."""
@@ -97,11 +101,21 @@ class Users:
         """Tells what they act on; nothing is called before."""
         self._held = ground
         self.probes = {
-            known.name: ground.probe(known.name, known.hook.look)
+            known.name: ground.probe(known.name, functools.partial(self._look, known))
             for known in self._known
             if isinstance(known.hook, Probe)
         }
         self.look = bool(self.probes) or any(known.recent is not None for known in self._known)
+
+    def _look(self, known: _Known, view: View) -> dict[str, jax.Array]:
+        """What a probe looks at, while its program is traced: its metrics are wrong then, or never."""
+        values: dict[str, jax.Array] = known.hook.look(view)
+        for name in known.hook.metrics_of(jax.tree.map(lambda value: np.zeros(value.shape), values)):
+            try:
+                checks.check_metric(f"{known.text} returned", known.name, name, self._taken)
+            except (TypeError, ValueError) as error:
+                raise HookError(str(error)) from None
+        return values
 
     # ---- at steps
 
@@ -111,19 +125,47 @@ class Users:
             self._ask(step)
         return self._until
 
-    def count(self, step: int, count: int) -> int:
-        """How many of so many steps the next dispatch makes: one that a probe looks into is a dispatch of its own.
+    def count(self, step: int, steps: int, count: int) -> int:
+        """How many of so many steps the next dispatch makes: a step that a probe looks into is the first of one.
 
         Nothing is waited for before it. Where an update turns out to have been dropped, it was another step than that
         which is due, which comes later then, and is looked into again.
-        """
-        due = min(answer for known, answer in self._answered() if known.name in self.probes)
-        return int(min(count, due - 1 - step)) if step < due - 1 else count
 
-    def probe(self, step: int, dispatch: Callable[[Kind], dict[str, jax.Array]]) -> None:
-        """Dispatches the probes that look into the step after `step`."""
-        due = [known.name for known, answer in self._answered() if answer == step + 1 and known.name in self.probes]
-        self._probed = {name: dispatch(self.probes[name]) for name in due}
+        Args:
+            step: updates made, at most.
+            steps: training steps made, dropped updates included.
+            count: steps at most.
+        """
+        for known, answer in self._answered():
+            if known.late:
+                due = known.hook.next_due(steps)
+                # One that is due at the next step is looked into by this dispatch, which goes on to the next but one.
+                count = min(count, (known.hook.next_due(due) if due == steps + 1 else due) - 1 - steps)
+            elif known.name in self.probes and step < answer - 1:
+                count = int(min(count, answer - 1 - step))
+        return count
+
+    def probe(self, step: int, steps: int, dispatch: Callable[[Kind], dict[str, jax.Array]]) -> Seen | None:
+        """Dispatches the probes that look into the next step.
+
+        Args:
+            step: as for `count`.
+            steps: as for `count`.
+            dispatch: dispatches one.
+
+        Returns:
+            What gives the metrics of those that nothing waits for; None where there are none.
+        """
+        due = [known for known, answer in self._answered() if answer == step + 1 and known.name in self.probes]
+        self._probed = {known.name: dispatch(self.probes[known.name]) for known in due}
+        late = [known for known in self._known if known.late and known.hook.next_due(steps) == steps + 1]
+        values = [(known.hook.metrics_of, dispatch(self.probes[known.name])) for known in late]
+
+        def seen() -> dict[str, float]:
+            host_copy = self._ground.engine.host_copy
+            return {name: x for of, seen in values for name, x in of(jax.tree.map(host_copy, seen)).items()}
+
+        return seen if values else None
 
     def remember(self, block: Block, first: int, count: int, accumulate: int) -> None:
         """Keeps what a dispatch trains on, until the hooks that ask for it are called.
@@ -261,6 +303,8 @@ class Users:
         self._from, self._until = step, min(self._answers, default=math.inf)
 
     def _answer(self, known: _Known, step: int) -> float:
+        if known.late:
+            return math.inf  # it is asked for each dispatch, by another count
         with self._raised(known, "next_due()", step):
             answer = known.hook.next_due(step)
         number: Any = answer.item() if isinstance(answer, np.generic) else answer

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -52,26 +52,41 @@ class _Steps(NamedTuple):
     steps: int
     epoch: int
     seconds: float
+    seen: Callable[[], Mapping[str, float]] | None
 
 
 class _Rows(NamedTuple):
-    """The scalars of one dispatch on the host: a row for each step."""
+    """The scalars of dispatches on the host: a row for each step.
+
+    Attributes:
+        names: of the columns.
+        values: `(rows, len(names))`.
+        steps: updates that were made after each.
+        epoch: that they lie in.
+        joined: what joins some of the rows, by their number: metrics by name.
+    """
 
     names: tuple[str, ...]
     values: np.ndarray
     steps: list[int]
     epoch: int
+    joined: Mapping[int, Mapping[str, float]] = MappingProxyType({})
 
-    def part(self, rows: slice) -> _Rows:
-        """Some of the rows."""
-        return self._replace(values=self.values[rows], steps=self.steps[rows])
+    def but_last(self) -> tuple[_Rows, _Rows]:
+        """All rows but the last one, and that one."""
+        last = len(self.steps) - 1
+        joined = {row: more for row, more in self.joined.items() if row < last}
+        return (
+            self._replace(values=self.values[:-1], steps=self.steps[:-1], joined=joined),
+            self._replace(values=self.values[-1:], steps=self.steps[-1:], joined={0: self.joined.get(last, {})}),
+        )
 
-    def named(self, more: Mapping[str, float]) -> Iterator[dict[str, Any]]:
-        """The rows as the run gets them; `more` joins the last one."""
+    def named(self) -> Iterator[dict[str, Any]]:
+        """The rows as the run gets them."""
         names = [_full_name(name) for name in self.names]
-        for number, (row, step) in enumerate(zip(self.values.tolist(), self.steps, strict=True), 1):
-            extra = more if number == len(self.steps) else {}
-            yield {**dict(zip(names, row, strict=True)), **extra, "step": step, "epoch": self.epoch}
+        for number, (row, step) in enumerate(zip(self.values.tolist(), self.steps, strict=True)):
+            more = {_full_name(name): value for name, value in self.joined.get(number, {}).items()}
+            yield {**dict(zip(names, row, strict=True)), **more, "step": step, "epoch": self.epoch}
 
 
 class Log:
@@ -199,12 +214,22 @@ class Log:
             self._keep_first(self._done)
             self._check_progress()
 
-    def push(self, scalars: Scalars, count: int, epoch: int) -> None:
-        """Takes the scalars of `count` dispatched training steps."""
+    def push(
+        self, scalars: Scalars, count: int, epoch: int, seen: Callable[[], Mapping[str, float]] | None = None
+    ) -> None:
+        """Takes the scalars of `count` dispatched training steps.
+
+        Args:
+            scalars: of the dispatch.
+            count: steps.
+            epoch: that they lie in.
+            seen: gives what else joins the metrics of the first of them. It is asked when those are there, and not
+                where the update turns out to have been dropped.
+        """
         if not self._on_host:
             scalars.values.copy_to_host_async()
         now = time.perf_counter()
-        self._pending.append(_Steps(scalars, count, epoch, now - self._last_push))
+        self._pending.append(_Steps(scalars, count, epoch, now - self._last_push, seen))
         self._on_their_way += count
         self._last_push = now
 
@@ -219,8 +244,8 @@ class Log:
         with self._phases.log:
             self._keep_first(len(self._pending) - 1)
             rows = self._read(1)
-            earlier, last = rows.part(slice(-1)), rows.part(slice(-1, None))
-            values = dict(zip(last.names, last.values[0].tolist(), strict=True))
+            earlier, last = rows.but_last()
+            values = {**dict(zip(last.names, last.values[0].tolist(), strict=True)), **last.joined[0]}
         try:
             if earlier.steps:  # of the same dispatch; they are not to wait for what is added to the last one
                 with self._phases.log:
@@ -229,7 +254,7 @@ class Log:
         finally:
             with self._phases.log:
                 last.values[0] = [values.pop(name) for name in last.names]
-                self._keep_rows(last, values)
+                self._keep_rows(last._replace(joined={0: values}))
 
     def forget(self) -> None:
         """Forgets the steps on their way: the devices are not waited for any more."""
@@ -263,7 +288,7 @@ class Log:
 
     def keep(self, named: dict[str, float]) -> dict[str, float]:
         """Keeps values under their full names, and returns them."""
-        self._keep(named)
+        self._keep(named, self.rows)
         return named
 
     def training_means(self, marks: Mapping[str, int]) -> dict[str, float]:
@@ -358,7 +383,7 @@ class Log:
         self.step = steps[-1]
         seconds = [dispatch.seconds / dispatch.steps for dispatch in dispatches for _ in range(dispatch.steps)]
         values = np.column_stack([values, np.asarray(seconds, values.dtype)])
-        return _Rows((*names, "update_time"), values, steps, epoch)
+        return _Rows((*names, "update_time"), values, steps, epoch, _joined(dispatches, dropped))
 
     def _without_weights(
         self, names: tuple[Any, ...], values: np.ndarray, steps: list[int]
@@ -377,23 +402,23 @@ class Log:
         kept = [place for place, name in enumerate(names) if isinstance(name, str)]
         return tuple(names[place] for place in kept), values[:, kept]
 
-    def _keep_rows(self, rows: _Rows, more: Mapping[str, float] = MappingProxyType({})) -> None:
+    def _keep_rows(self, rows: _Rows) -> None:
         for name, column in zip(rows.names, rows.values.T.tolist(), strict=True):
             if not name.startswith("grads/"):
                 self.metrics.setdefault(_full_name(name), []).extend(column)
-        named = {_full_name(name): value for name, value in more.items()}
         self._norms.take(rows.names, rows.values, rows.steps)
-        self.rows += len(rows.steps)
-        self._keep(named)
-        self._sender.send(rows.named(named), len(rows.steps))
+        before, self.rows = self.rows, self.rows + len(rows.steps)
+        for row, more in rows.joined.items():
+            self._keep({_full_name(name): value for name, value in more.items()}, before + row + 1)
+        self._sender.send(rows.named(), len(rows.steps))
         if self._bar is not None:
             self._bar.advance(len(rows.steps))
             if time.perf_counter() - self._last_look > _REFRESH_S:
                 self._look()
 
-    def _keep(self, named: Mapping[str, float]) -> None:
+    def _keep(self, named: Mapping[str, float], rows: int) -> None:
         for name, value in named.items():
-            self.made_at.setdefault(name, []).append(self._rows_of_old + self.rows)
+            self.made_at.setdefault(name, []).append(self._rows_of_old + rows)
             self.metrics.setdefault(name, []).append(float(value))
 
     def _start(self, epoch: int) -> Start:
@@ -492,6 +517,17 @@ def _weight_text(where: str, metric: str) -> str:
 
 def _weightless(metric: str) -> str:
     return f"all weights of {metric} are 0: it counts as 0"
+
+
+def _joined(dispatches: Sequence[_Steps], dropped: np.ndarray) -> dict[int, Mapping[str, float]]:
+    """What joins the first row of some dispatches, by its number among the rows of all."""
+    joined: dict[int, Mapping[str, float]] = {}
+    row = 0
+    for dispatch in dispatches:
+        if dispatch.seen is not None and not dropped[row]:
+            joined[row] = dispatch.seen()
+        row += dispatch.steps
+    return joined
 
 
 def _trailing(dropped: np.ndarray, before: int) -> int:
