@@ -37,6 +37,7 @@ from learnax.metrics import Max, Mean
 from learnax.models import NNX, Linen
 from learnax.registry import Registry
 from learnax.sinks import JsonLines, Report, TensorBoard
+from tests.cells import cells
 from tests.helpers import (
     MLP,
     ROOT,
@@ -608,7 +609,7 @@ def hooked(results):
     results["params"] = host(again.train_state.params)
 
 
-ALL = (unequal_batches, train_all, misuse, fails_before, fails_while, resumed, named_runs, inferred, hooked)
+ALL = (unequal_batches, train_all, misuse, fails_before, fails_while, resumed, named_runs, inferred, hooked, cells)
 SCENARIOS = {function.__name__: function for function in ALL}
 
 if __name__ == "__main__":
