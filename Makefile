@@ -38,11 +38,11 @@ train-2: $(INSTALLED)
 test test-quick: $(GPU_COMPILE)/.installed
 test test-quick: export LEARNAX_COMPILATION_CACHE = $(abspath $(VENV))/programs
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak" $(ARGS)
 
 # Without the tests that start processes, and those that repeat a promise for further settings.
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes and not thorough" -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes and not thorough and not soak" -q $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -72,6 +72,7 @@ docs: $(VENV)/.docs
 
 # Kills runs with SIGKILL, a hundred times, and compares their ends with those of runs that were left alone.
 soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m soak
 	$(BIN)/python -m tests.soak $(ARGS)
 
 # What a step costs beside hand-written loops and Keras; DEVICES=4 forces as many devices on the CPU.

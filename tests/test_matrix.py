@@ -31,7 +31,10 @@ def seen(metrics):
     return [metrics[f"train/{name}"] for name in ("lowest", "highest", "middle")]
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(1, 1), (1, 4), (2, 1), (2, 2)])
+LAYOUTS = [(1, 4), (2, 2), *(pytest.param(*layout, marks=pytest.mark.soak) for layout in [(1, 1), (2, 1)])]
+
+
+@pytest.mark.parametrize(("processes", "devices"), LAYOUTS)
 def test_every_kind_of_data_gives_the_same_run_after_a_kill(alone, tmp_path, processes, devices):
     assert [len(values) for values in seen(alone.metrics)] == [5 * EPOCHS] * 3
     # Where processes may take part, their sums are rounded otherwise than those of devices alone.

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 OPTIONS = FORMS["fused"] | FORMS["hooks and a probe"] | FORMS["two workers"] | {"epochs": 20}
 
 
-@pytest.mark.thorough
+@pytest.mark.soak
 @pytest.mark.parametrize("form", ["shuffled, two workers", "a stream, validated by steps"])
 def test_a_killed_run_goes_on_with_the_rest_of_its_order_and_of_its_stream(form, tmp_path):
     seed = random.SystemRandom().randrange(1 << 32)

@@ -23,6 +23,7 @@ from learnax.data.loader import (
 )
 from learnax.data.arrays import Arrays as Arrays
 from learnax.data.arrays import arrays as arrays
+from learnax.data.arrow import ArrowFile as ArrowFile
 from learnax.data.flow import Flow as Flow
 from learnax.data.order import Order as Order
 from learnax.data.streams import (
