@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from learnax.checkpoint import SaveError
 from learnax.cluster.stops import EndError
+from learnax.hooks import HookError
 from learnax.parts import Parts
 
 _logger = logging.getLogger("learnax")
@@ -80,7 +81,8 @@ class Session:
                     except SaveError:
                         raise
                     except BaseException as error:
-                        if parts.processes.count > 1 and not parts.stops.agreed:
+                        agreed = parts.stops.agreed or (isinstance(error, HookError) and error.agreed)
+                        if parts.processes.count > 1 and not agreed:
                             alone = True
                             parts.log.forget()
                             raise parts.processes.failed(error) from error

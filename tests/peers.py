@@ -609,8 +609,48 @@ def hooked(results):
     results["params"] = host(again.train_state.params)
 
 
-ALL = (unequal_batches, train_all, misuse, fails_before, fails_while, resumed, named_runs, inferred, hooked, cells)
-SCENARIOS = {function.__name__: function for function in ALL}
+def hook_fails(results):
+    """A hook raises on the second process alone, then next_due of one on the first; the run goes on after each."""
+    registry = Registry("tests", os.environ["PEERS"])
+    options = {"devices": None, "registry": registry, "save_every": 100}
+
+    def broken(moment):
+        if jax.process_index() == 1:
+            raise LookupError("the disk of this machine is gone")
+
+    class Late(Hook):
+        def next_due(self, step):
+            if step >= 6:
+                raise LookupError("no idea")
+            return 6
+
+    results["errors"] = []
+    for hook in (At([4], broken, everywhere=True), Late()):
+        trainer = make_trainer(hooks=[hook], load_checkpoint=True, **options)
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            results["errors"].append((trainer.log.step, str(error)))
+    trainer = make_trainer(load_checkpoint=True, **options)
+    results["begins"] = trainer.log.step
+    trainer.train()
+    results["params"] = host(trainer.train_state.params)
+
+
+ALL = (
+    hook_fails,
+    unequal_batches,
+    train_all,
+    misuse,
+    fails_before,
+    fails_while,
+    resumed,
+    named_runs,
+    inferred,
+    hooked,
+    cells,
+)
+SCENARIOS = {function.__name__: function for function in (*ALL, cells)}
 
 if __name__ == "__main__":
     serve()

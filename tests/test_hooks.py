@@ -446,6 +446,22 @@ def test_several_processes_agree_on_what_hooks_return_and_ask_for(tmp_path):
 # ---- what goes wrong
 
 
+@pytest.mark.processes
+def test_a_hook_that_raises_on_one_of_several_processes_ends_all_of_them_saved(tmp_path):
+    first, second = peers.together("hook_fails", tmp_path / "peers", 2, env={"PEERS": str(tmp_path)})
+    text = "hook 'broken' failed in __call__() at step 4: LookupError: the disk of this machine is gone"
+    other = "hook 'Late' failed in next_due() at step 6: LookupError: no idea"
+    told = [[(step, line.partition("\n")[0]) for step, line in one.results["errors"]] for one in (first, second)]
+    assert told[1] == [(4, text), (6, f"on another process, {other}")]
+    assert told[0] == [(4, f"on another process, {text}"), (6, other)]
+    assert "stopped at step 4 by HookError: on another process, hook 'broken' failed" in first.err
+    assert first.results["begins"] == second.results["begins"] == 6
+    alone = make_trainer(devices=jax.devices()[:2])
+    alone.train()
+    for one in (first, second):
+        assert_trees_equal(one.results["params"], alone.train_state.params)
+
+
 def test_a_hook_that_raises_ends_the_run_saved_and_named(caplog):
     def broken(moment):
         raise LookupError("no such thing")

@@ -16,7 +16,13 @@ Returned = Mapping[str, float] | None
 
 
 class HookError(RuntimeError):
-    """A hook raised, or did what it may not: the hook, the step and what to do are in the text."""
+    """A hook raised, or did what it may not: the hook, the step and what to do are in the text.
+
+    Attributes:
+        agreed: whether all processes of the run raise it, so that they save together.
+    """
+
+    agreed = False
 
 
 class Hook:

@@ -298,8 +298,14 @@ class Users:
 
     def _ask(self, step: int) -> None:
         """Asks each hook; of several processes the first one's answers count, for they are cut alike."""
-        answers = [self._answer(known, step) for known in self._known] if self._processes.first else []
-        self._answers = json.loads(self._processes.from_first(json.dumps(answers)))
+        answers, failure = list[float](), None
+        try:
+            answers = [self._answer(known, step) for known in self._known] if self._processes.first else []
+        except HookError as error:
+            failure = error
+        answers, *texts = json.loads(self._processes.from_first(json.dumps([answers, *_texts(failure)])))
+        _raise_together(failure, texts)
+        self._answers = answers
         self._from, self._until = step, min(self._answers, default=math.inf)
 
     def _answer(self, known: _Known, step: int) -> float:
@@ -318,15 +324,21 @@ class Users:
 
     def _agreed(self, due: Sequence[_Known], kind: str, point: Point, metrics: Mapping[str, float]) -> dict[str, float]:
         """Calls hooks, and has all processes know what came of it."""
-        asked, values = Asked(), dict[str, float]()
-        for known in due:
-            if known.everywhere or self._processes.first:
-                values |= self._values(known, kind, point, self._call(known, kind, point, metrics, asked), values)
-            if kind == "step" and known.recent:
-                known.recent = []
+        asked, values, failure = Asked(), dict[str, float](), None
+        try:
+            for known in due:
+                if known.everywhere or self._processes.first:
+                    values |= self._values(known, kind, point, self._call(known, kind, point, metrics, asked), values)
+                if kind == "step" and known.recent:
+                    known.recent = []
+        except HookError as error:
+            if self._processes.count == 1:
+                raise
+            failure = error
         if self._processes.count > 1:
-            told = json.dumps([values, dataclasses.asdict(asked)])
+            told = json.dumps([values, dataclasses.asdict(asked), *_texts(failure)])
             all_told = [json.loads(text) for text in self._processes.exchange("what hooks gave", told)]
+            _raise_together(failure, [text for _, _, *texts in all_told for text in texts])
             values, asked = all_told[0][0], Asked(**all_told[0][1])
             for _, more in all_told[1:]:
                 asked.add(Asked(**more))
@@ -399,6 +411,18 @@ class Users:
                 raise HookError(f"{who} for {name!r} {checks.what_is(value)}, but {wanted}; moment.log takes a row")
             values[name] = number
         return values
+
+
+def _texts(failure: HookError | None) -> list[str]:
+    return [] if failure is None else [str(failure)]
+
+
+def _raise_together(failure: HookError | None, texts: Sequence[str]) -> None:
+    """Raises this process's failure, or that of another one, of which it has the text: all raise, and save together."""
+    if texts:
+        failure = failure or HookError(f"on another process, {texts[0]}")
+        failure.agreed = True
+        raise failure
 
 
 def _data(unwrap: Callable[[list[Any]], Any], block: Block, numbers: Sequence[int]) -> list[Any]:
