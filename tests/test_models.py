@@ -471,3 +471,16 @@ def test_adapters_take_their_own_kind_alone():
             adapter(lambda x: x)
     with pytest.raises(TypeError, match="Functions takes init and apply, or an object that has both"):
         Functions(optax.sgd)
+
+
+def test_arrays_that_a_module_brings_are_read_when_the_trainer_is_built():
+    class Linear(eqx.Module):
+        weight: np.ndarray
+
+        def __call__(self, x, y):
+            return x @ self.weight
+
+    weight = np.ones((8, 3), np.float32)
+    trainer = make_trainer(model=Linear(weight))
+    weight[:] = 0
+    np.testing.assert_array_equal(trainer.train_state.params.weight, np.ones((8, 3)))

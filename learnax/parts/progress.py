@@ -244,6 +244,8 @@ class Progress:
             self.position = Position(marks=self._log.lengths())
         if self._live is None and self._coming is None and not self._load():
             self._coming = self._origin.begin()
+            if not self._origin.makes_all:
+                self.settle()  # arrays of the user's own, who may change them after this
 
     def settle(self) -> None:
         """Waits for the fresh state, where it is on its way."""
