@@ -6,6 +6,7 @@
 import atexit
 import multiprocessing.process
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -29,6 +30,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+platform.processor()  # by a process, the first time; some libraries ask for it where they are imported
 # Where the tests are started in the background of a shell, SIGINT is ignored, and would be in all their processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
