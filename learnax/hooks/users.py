@@ -24,6 +24,7 @@ from learnax.hooks.given import Hook, HookError
 from learnax.hooks.moment import Asked, Ground, Moment, Trained
 from learnax.hooks.plain import plain
 from learnax.hooks.probe import Probe
+from learnax.log import full_name
 from learnax.step import View
 from learnax.utils import tree_unstack
 
@@ -111,10 +112,7 @@ class Users:
         """What a probe looks at, while its program is traced: its metrics are wrong then, or never."""
         values: dict[str, jax.Array] = known.hook.look(view)
         for name in known.hook.metrics_of(jax.tree.map(lambda value: np.zeros(value.shape), values)):
-            try:
-                checks.check_metric(f"{known.text} returned", known.name, name, self._taken)
-            except (TypeError, ValueError) as error:
-                raise HookError(str(error)) from None
+            self._check_metric(f"{known.text} returned", known, name)
         return values
 
     # ---- at steps
@@ -185,7 +183,7 @@ class Users:
         """Calls the hooks that are due at this step; returns what joins its metrics."""
         due = [known for known, answer in self._answered() if answer == point.step]
         self._until = -math.inf  # whatever a call may have changed
-        metrics = {name if name.startswith("grads/") else f"train/{name}": v for name, v in point.metrics.items()}
+        metrics = {full_name(name): value for name, value in point.metrics.items()}
         return self._agreed(due, "step", point, metrics)
 
     # ---- at other places
@@ -398,10 +396,7 @@ class Users:
             raise HookError(f"{who} metrics in {kind}(), where no step is that they could join; moment.log takes a row")
         values = {}
         for name, value in returned.items():
-            try:
-                checks.check_metric(who, known.name, name, self._taken)
-            except (TypeError, ValueError) as error:
-                raise HookError(str(error)) from None
+            self._check_metric(who, known, name)
             if name in others:
                 raise HookError(f"{who} a metric {name!r}, as another hook did at that step; rename one of them")
             if name in point.metrics and kind == "step":
@@ -411,6 +406,12 @@ class Users:
                 raise HookError(f"{who} for {name!r} {checks.what_is(value)}, but {wanted}; moment.log takes a row")
             values[name] = number
         return values
+
+    def _check_metric(self, who: str, known: _Known, name: Any) -> None:
+        try:
+            checks.check_metric(who, known.name, name, self._taken)
+        except (TypeError, ValueError) as error:
+            raise HookError(str(error)) from None
 
 
 def _texts(failure: HookError | None) -> list[str]:

@@ -10,5 +10,6 @@ from learnax.log.bar import unbroken as unbroken
 from learnax.log.log import Log as Log
 from learnax.log.log import Means as Means
 from learnax.log.log import NoProgressError as NoProgressError
+from learnax.log.rows import full_name as full_name
 from learnax.log.runs import named_run as named_run
 from learnax.log.runs import runs_of as runs_of

@@ -10,9 +10,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from learnax.cluster.processes import Processes
 from learnax.log.bar import Bar, in_notebook, progress_bar, unbroken
 from learnax.log.norms import Norms
 from learnax.log.pace import Pace
+from learnax.log.rows import Rows, Steps, full_name, joined_of
 from learnax.log.runs import voice_of
 from learnax.log.sender import sender
 from learnax.profiling.ledger import Ledger
@@ -43,50 +43,6 @@ _NAMED = 5
 
 class NoProgressError(RuntimeError):
     """So many updates in a row were dropped that the run comes to nothing: why is in the text."""
-
-
-class _Steps(NamedTuple):
-    """The scalars of one dispatch, on their way."""
-
-    scalars: Scalars
-    steps: int
-    epoch: int
-    seconds: float
-    seen: Callable[[], Mapping[str, float]] | None
-
-
-class _Rows(NamedTuple):
-    """The scalars of dispatches on the host: a row for each step.
-
-    Attributes:
-        names: of the columns.
-        values: `(rows, len(names))`.
-        steps: updates that were made after each.
-        epoch: that they lie in.
-        joined: what joins some of the rows, by their number: metrics by name.
-    """
-
-    names: tuple[str, ...]
-    values: np.ndarray
-    steps: list[int]
-    epoch: int
-    joined: Mapping[int, Mapping[str, float]] = MappingProxyType({})
-
-    def but_last(self) -> tuple[_Rows, _Rows]:
-        """All rows but the last one, and that one."""
-        last = len(self.steps) - 1
-        joined = {row: more for row, more in self.joined.items() if row < last}
-        return (
-            self._replace(values=self.values[:-1], steps=self.steps[:-1], joined=joined),
-            self._replace(values=self.values[-1:], steps=self.steps[-1:], joined={0: self.joined.get(last, {})}),
-        )
-
-    def named(self) -> Iterator[dict[str, Any]]:
-        """The rows as the run gets them."""
-        names = [_full_name(name) for name in self.names]
-        for number, (row, step) in enumerate(zip(self.values.tolist(), self.steps, strict=True)):
-            more = {_full_name(name): value for name, value in self.joined.get(number, {}).items()}
-            yield {**dict(zip(names, row, strict=True)), **more, "step": step, "epoch": self.epoch}
 
 
 class Log:
@@ -137,7 +93,7 @@ class Log:
         self._pace = Pace(in_flight, fixed=processes.count > 1)
         self._steps = steps
         self._phases = phases
-        self._pending: deque[_Steps] = deque()
+        self._pending: deque[Steps] = deque()
         self._done = 0
         self._on_their_way = 0
         self._bar: Bar | None = None
@@ -229,7 +185,7 @@ class Log:
         if not self._on_host:
             scalars.values.copy_to_host_async()
         now = time.perf_counter()
-        self._pending.append(_Steps(scalars, count, epoch, now - self._last_push, seen))
+        self._pending.append(Steps(scalars, count, epoch, now - self._last_push, seen))
         self._on_their_way += count
         self._last_push = now
 
@@ -354,7 +310,7 @@ class Log:
                 self._keep_rows(self._read(some))
                 dispatches -= some
 
-    def _read(self, count: int) -> _Rows:
+    def _read(self, count: int) -> Rows:
         """Takes the first dispatches, of the same names, off the device."""
         dispatches = [self._pending.popleft() for _ in range(count)]
         self._done = max(self._done - count, 0)
@@ -383,7 +339,7 @@ class Log:
         self.step = steps[-1]
         seconds = [dispatch.seconds / dispatch.steps for dispatch in dispatches for _ in range(dispatch.steps)]
         values = np.column_stack([values, np.asarray(seconds, values.dtype)])
-        return _Rows((*names, "update_time"), values, steps, epoch, _joined(dispatches, dropped))
+        return Rows((*names, "update_time"), values, steps, epoch, joined_of(dispatches, dropped))
 
     def _without_weights(
         self, names: tuple[Any, ...], values: np.ndarray, steps: list[int]
@@ -402,14 +358,14 @@ class Log:
         kept = [place for place, name in enumerate(names) if isinstance(name, str)]
         return tuple(names[place] for place in kept), values[:, kept]
 
-    def _keep_rows(self, rows: _Rows) -> None:
+    def _keep_rows(self, rows: Rows) -> None:
         for name, column in zip(rows.names, rows.values.T.tolist(), strict=True):
             if not name.startswith("grads/"):
-                self.metrics.setdefault(_full_name(name), []).extend(column)
+                self.metrics.setdefault(full_name(name), []).extend(column)
         self._norms.take(rows.names, rows.values, rows.steps)
         before, self.rows = self.rows, self.rows + len(rows.steps)
         for row, more in rows.joined.items():
-            self._keep({_full_name(name): value for name, value in more.items()}, before + row + 1)
+            self._keep({full_name(name): value for name, value in more.items()}, before + row + 1)
         self._sender.send(rows.named(), len(rows.steps))
         if self._bar is not None:
             self._bar.advance(len(rows.steps))
@@ -519,17 +475,6 @@ def _weightless(metric: str) -> str:
     return f"all weights of {metric} are 0: it counts as 0"
 
 
-def _joined(dispatches: Sequence[_Steps], dropped: np.ndarray) -> dict[int, Mapping[str, float]]:
-    """What joins the first row of some dispatches, by its number among the rows of all."""
-    joined: dict[int, Mapping[str, float]] = {}
-    row = 0
-    for dispatch in dispatches:
-        if dispatch.seen is not None and not dropped[row]:
-            joined[row] = dispatch.seen()
-        row += dispatch.steps
-    return joined
-
-
 def _trailing(dropped: np.ndarray, before: int) -> int:
     """How many updates in a row were dropped at the end, with those before where these were all dropped."""
     made = np.flatnonzero(dropped == 0)
@@ -609,7 +554,3 @@ def _short(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.3g}{unit}"
     return f"{number:.3g}"
-
-
-def _full_name(name: str) -> str:
-    return name if name.startswith("grads/") else f"train/{name}"
