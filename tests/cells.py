@@ -121,11 +121,11 @@ def cells(results):
         folder = Path(asked["registry"]) / name.replace(", ", "-")
         folder.mkdir(parents=True, exist_ok=True)
         done = [folder / f"done-{index}" for index in range(jax.process_count())]
-        killed = [folder / f"killed-{index}" for index in range(jax.process_count())]
         mine = jax.process_index()
+        killed = folder / f"killed-{mine}"
         if not all(path.exists() for path in done):
 
-            def kill(moment, path=killed[mine], name=name):
+            def kill(moment, path=killed, name=name):
                 trainers[name].checkpointer.list_available_checkpoints()  # waits: steps are quicker than a save
                 path.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -135,7 +135,7 @@ def cells(results):
                 devices=None,
                 registry=Registry("tests", str(folder)),
                 load_checkpoint=True,
-                hooks=[] if killed[mine].exists() or not step else [At([step], kill, everywhere=True)],
+                hooks=[] if killed.exists() or not step else [At([step], kill, everywhere=True)],
             )
             begins = trainer.log.step
             trainer.train()

@@ -637,19 +637,7 @@ def hook_fails(results):
     results["params"] = host(trainer.train_state.params)
 
 
-ALL = (
-    hook_fails,
-    unequal_batches,
-    train_all,
-    misuse,
-    fails_before,
-    fails_while,
-    resumed,
-    named_runs,
-    inferred,
-    hooked,
-    cells,
-)
+ALL = (unequal_batches, train_all, misuse, fails_before, fails_while, resumed, named_runs, inferred, hooked, hook_fails)
 SCENARIOS = {function.__name__: function for function in (*ALL, cells)}
 
 if __name__ == "__main__":

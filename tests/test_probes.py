@@ -119,9 +119,8 @@ def test_of_an_update_that_is_dropped_nothing_is_kept():
         late = make_trainer(train_dataset=data, losses=LossPipe([Poisonable()]), hooks=[rare])
         late.train()
         assert late.metrics["train/rare/step"] == steps
-        assert (
-            late.engine.programs[next(kind for kind in late.engine.programs if kind[0] == "probe rare")].calls == calls
-        )
+        (program,) = [program for program in late.engine.programs.values() if program.kind == "probe rare"]
+        assert program.calls == calls
         assert_trees_equal(late.train_state, trainer.train_state)
     assert len(trainer.metrics["train/p/grads"]) == trainer.train_state.step == 8
     assert np.isfinite(trainer.metrics["train/p/grads"]).all()

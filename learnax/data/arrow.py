@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from learnax.utils.names import expanded
+
 
 class ArrowFile:
     """The rows of an Arrow IPC file (Feather), each a dict of its columns.
@@ -30,7 +32,7 @@ class ArrowFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], columns: Sequence[str] | None = None):
-        self._path = os.path.abspath(os.path.expanduser(path))
+        self._path = str(expanded(path, "the path of an Arrow file"))
         self._columns = None if columns is None else list(columns)
         self._size = len(self._opened)
 

@@ -97,9 +97,9 @@ class Programs:
             ours: whether it is no one else's already, and lies as training has it.
         """
         engine, state = self._engine, jax.tree.map(_canonical, state)
-        if not self._packs(state):
-            return state if ours else engine.own(state, engine.layout)
         form = self._form_of(state)
+        if form is None:
+            return state if ours else engine.own(state, engine.layout)
         packed = form.pack(form.map_small(np.asarray, state))
         if not ours:
             return engine.own(packed)
@@ -107,15 +107,19 @@ class Programs:
 
     def live_shapes(self, shapes: TrainState) -> TrainState | Packed:
         """What `live` makes of a state, as shapes."""
-        if not self._packs(shapes):
-            return shapes
         form = self._form_of(shapes)
+        if form is None:
+            return shapes
         packed = form.pack(form.map_small(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), packed)
 
-    def _form_of(self, state: TrainState) -> Form:
-        if self._form is None or not self._form.fits(state):
-            self._form = Form(state)
+    def _form_of(self, state: TrainState) -> Form | None:
+        """How a state is packed, or its shapes; None where it is not."""
+        if self._form is not None and self._form.fits(state):
+            return self._form  # to ask whether a state may be packed traces the optimiser
+        if not self._packs(state):
+            return None
+        self._form = Form(state)
         return self._form
 
     def _packs(self, state: TrainState) -> bool:

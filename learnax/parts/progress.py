@@ -103,8 +103,9 @@ class Progress:
     @property
     def live(self) -> TrainState | Packed:
         """The state as training takes it."""
-        self.settle()
-        assert self._live is not None
+        if self._live is None:
+            self.settle()
+            assert self._live is not None
         return self._live
 
     @property
@@ -150,7 +151,8 @@ class Progress:
     @property
     def seq_data(self) -> jax.Array:
         """The numbers of the random sequence."""
-        self.settle()
+        if self._seq_data is None:
+            self.settle()
         if self._seq_data is None:
             self.seq = self._engine.put(key_pair(self._settings.seed)[0], SAME)
         assert self._seq_data is not None
