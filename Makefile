@@ -72,7 +72,7 @@ docs: $(VENV)/.docs
 
 # Kills runs with SIGKILL, a hundred times, and compares their ends with those of runs that were left alone.
 soak: $(INSTALLED)
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m soak
 	$(BIN)/python -m tests.soak $(ARGS)
 
 # What a step costs beside hand-written loops and Keras; DEVICES=4 forces as many devices on the CPU.

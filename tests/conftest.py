@@ -4,6 +4,7 @@
 """
 
 import atexit
+import gc
 import multiprocessing.process
 import os
 import platform
@@ -35,10 +36,18 @@ platform.processor()  # by a process, the first time; some libraries ask for it 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(params=[4, *(pytest.param(count, marks=pytest.mark.thorough) for count in (1, 2))])
+@pytest.fixture(params=[4, pytest.param(1, marks=pytest.mark.thorough), pytest.param(2, marks=pytest.mark.soak)])
 def devices(request):
     """One device is what most other tests have."""
     return jax.devices()[: request.param]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_looked_through_once():
+    """Programs and traces pile up over hundreds of tests, and each full collection would look through all of them."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -215,9 +215,9 @@ def workload(name):
         ("digits", False),
         ("gpt", True),
         ("nested-0", False),
-        ("resnet", False),
+        pytest.param("resnet", False, marks=pytest.mark.soak),
         ("nnx-mlp", True),
-        ("equinox-mlp", True),
+        pytest.param("equinox-mlp", True, marks=pytest.mark.soak),
     ],
     ids=["tiny-26", "mlp-128", "digits", "gpt", "nested-0", "resnet", "nnx-mlp", "equinox-mlp"],
 )

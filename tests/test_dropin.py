@@ -113,7 +113,7 @@ def seed():
     return int(np.random.default_rng().integers(1 << 30))
 
 
-@pytest.fixture(scope="module", params=[pytest.param(Noisy, marks=pytest.mark.thorough), Quiet], ids=["noisy", "quiet"])
+@pytest.fixture(scope="module", params=[Noisy, pytest.param(Quiet, marks=pytest.mark.soak)], ids=["noisy", "quiet"])
 def expected(request, seed):
     model = request.param()
     data = make_molecules(35, seed)

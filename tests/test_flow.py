@@ -200,7 +200,10 @@ def test_loaders_say_where_they_read():
     ("source", "step", "again"),
     [
         *((source, 8, "a new trainer") for source in SOURCES),
-        *((source, 5, "a new trainer") for source in ("grain", "goes on", "grain goes on")),
+        *(
+            pytest.param(source, 5, "a new trainer", marks=pytest.mark.soak)
+            for source in ("grain", "goes on", "grain goes on")
+        ),
         *((source, 8, "the same trainer") for source in ("generators", "grain goes on")),
     ],
 )

@@ -94,16 +94,16 @@ def rows(trainer):
 
 CELLS = [
     (Noisy, 4, 4),
-    (Noisy, 1, 1),
     (Noisy, 1, 16),
+    (Attention, 4, 1),
+    (Noisy, 1, 1),
     (Convolution, 1, 4),
     (Convolution, 4, 16),
-    (Attention, 4, 1),
 ]
 """Model, devices, steps in a dispatch."""
 _PARAMS = [
-    pytest.param(cell, marks=[pytest.mark.thorough] * (number > 0), id=f"{cell[0].__name__}-{cell[1]}-{cell[2]}")
-    for number, cell in enumerate(CELLS)
+    pytest.param(cell, marks=mark, id=f"{cell[0].__name__}-{cell[1]}-{cell[2]}")
+    for cell, mark in zip(CELLS, [(), *2 * [pytest.mark.thorough], *3 * [pytest.mark.soak]], strict=True)
 ]
 
 
@@ -226,9 +226,9 @@ def test_a_list_is_read_once_and_another_dataset_in_each_epoch():
     ("model", "count", "rooms"),
     [
         (Noisy, 1, (1, 2, 5, "auto")),
-        (Noisy, 4, (1, 16)),
+        pytest.param(Noisy, 4, (1, 16), marks=pytest.mark.soak),
         (Convolution, 4, ("auto", 4)),
-        (Attention, 1, (1, "auto")),
+        pytest.param(Attention, 1, (1, "auto"), marks=pytest.mark.soak),
         (Attention, 4, (1, 4)),
     ],
 )
@@ -382,7 +382,7 @@ def test_a_fused_validation_takes_each_datum_once_and_the_same_random_numbers(co
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", [list, Streamed])
+@pytest.mark.parametrize("kind", [list, pytest.param(Streamed, marks=pytest.mark.soak)])
 def test_a_block_is_cut_where_the_shape_of_the_data_changes(kind):
     class Pooled(nn.Module):
         @nn.compact

@@ -43,10 +43,10 @@ OPTIONS = {
     "patterns": {"optimizer": {"Dense_1/.*": optax.sgd(0.1), ".*": None}},
 }
 
+_MARKS = {"adam": []} | {name: [pytest.mark.thorough] for name in ("an unknown one", "averaged", "halves")}
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name != "adam")) for name in OPTIONS]
-)
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_MARKS.get(name, [pytest.mark.soak])) for name in OPTIONS])
 def test_both_guards_train_alike_and_drop_the_same_updates(name, monkeypatch):
     ends = []
     for selected in (False, True):

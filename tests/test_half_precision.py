@@ -43,7 +43,7 @@ def halved(precision):
 
 
 @pytest.mark.parametrize("precision", TYPES)
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.soak), 4])
 def test_a_run_in_halves_is_the_plain_loop_in_halves(precision, count, monkeypatch):
     monkeypatch.setattr("learnax.step.scaling.START", 2.0**10)  # nothing overflows
     trainer = make(precision, devices=jax.devices()[:count], num_epochs=1, val_datasets=[make_data(11, 1)])

@@ -347,9 +347,9 @@ def test_training_does_not_begin_while_something_is_evaluated():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.soak),
         {"ema": 0.5},
-        {"ema": 0.5, "ema_eval": False},
+        pytest.param({"ema": 0.5, "ema_eval": False}, marks=pytest.mark.soak),
         {"optimizer": optax.contrib.schedule_free_sgd(0.1)},
         {"devices": jax.devices()[:4], "shard_state": True, "model": MLP(16384)},
     ],

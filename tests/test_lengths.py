@@ -98,7 +98,9 @@ def test_steps_whose_update_is_dropped_count_for_the_length_and_not_for_the_cade
     assert [row["step"] for row in run.rows if "val/loss" in row] == [2, 4]
 
 
-@pytest.mark.parametrize("step", [4, 6, 8, 11])
+@pytest.mark.parametrize(
+    "step", [pytest.param(4, marks=pytest.mark.soak), 6, 8, pytest.param(11, marks=pytest.mark.soak)]
+)
 def test_a_run_stopped_anywhere_validates_what_it_would_have(step):
     options = {"num_steps": 11, "val_every_steps": 4}
     untouched = trained(**options)

@@ -151,8 +151,11 @@ def test_every_kind_is_its_plain_loop_and_validates_in_its_other_mode(kind):
     np.testing.assert_allclose(trainer.metrics["val/loss"][-1], np.mean((output - y) ** 2), rtol=1e-4)
 
 
+_IN_FULL = [pytest.param(kind, marks=[pytest.mark.soak] * (kind in ("equinox", "functions"))) for kind in KINDS]
+
+
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", _IN_FULL)
 def test_a_run_is_the_same_however_it_is_cut_stopped_and_resumed(kind, registry_path):
     """With dropout, fused or not, on one device and on four."""
     options = {"num_epochs": 2, "train_dataset": make_data(43)}
@@ -218,7 +221,7 @@ def test_statistics_of_shares_are_their_means_over_the_devices():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", _IN_FULL)
 def test_accumulated_batches_take_what_is_carried_in_turn(kind):
     """One update from two batches: the mean of their gradients, the statistics of one after the other."""
     options = {"accumulate_steps": 2, "num_epochs": 1, "train_dataset": make_data(16), "optimizer": optax.sgd(0.1)}

@@ -14,18 +14,22 @@ def by_hand(optimizer, epochs=2):
     params = host(make_trainer().train_state.params)
     optimizer = optax.with_extra_args_support(optimizer)
     opt_state = optimizer.init(params)
-    for x, y in plain.batches(make_data(43), 8, epochs):
 
-        def value_fn(params, x=x, y=y):
+    @jax.jit
+    def step(params, opt_state, x, y):
+        def value_fn(params):
             return jnp.mean((MLP().apply({"params": params}, x) - y) ** 2)
 
         value, grad = jax.value_and_grad(value_fn)(params)
         extra = {"value": value, "grad": grad, "value_fn": value_fn}
         if optimizer.update.__qualname__.startswith("sam"):
-            extra = {"grad_fn": lambda params, _, value_fn=value_fn: jax.grad(value_fn)(params)}
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grad, opt_state, params, **extra)
-        params = optax.apply_updates(params, updates)
+            extra = {"grad_fn": lambda params, _: jax.grad(value_fn)(params)}
+        updates, opt_state = optimizer.update(grad, opt_state, params, **extra)
+        return optax.apply_updates(params, updates), opt_state
+
+    with jax.numpy_dtype_promotion("standard"):
+        for x, y in plain.batches(make_data(43), 8, epochs):
+            params, opt_state = step(params, opt_state, x, y)
     return params
 
 
@@ -51,7 +55,7 @@ def test_an_optimizer_that_asks_for_more_is_its_plain_loop_on_any_split(name):
         assert_trees_close(trainer.train_state.params, expected, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.thorough
+@pytest.mark.soak
 def test_an_optimizer_that_asks_for_the_curvature_trains_alike_on_any_split():
     """Its random directions are of its own state, so that it is compared with itself."""
     ends = []

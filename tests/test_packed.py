@@ -97,7 +97,7 @@ def test_an_opened_state_has_packed_parameters_and_closes_to_the_same_arrays():
     assert not form.fits(state._replace(ema=None))
 
 
-@pytest.mark.parametrize("layers", [2, 12])
+@pytest.mark.parametrize("layers", [pytest.param(2, marks=pytest.mark.soak), 12])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_dispatch_takes_as_many_arrays_however_many_layers_there_are(layers, steps, devices):
     given = {"model": Deep(layers), "devices": devices, "steps_per_execution": steps}
@@ -155,8 +155,15 @@ def test_an_optimiser_that_sees_whole_leaves_has_its_state_as_it_is(optimizer):
     assert trainer.parts.progress.live is trainer.train_state
 
 
+_BY_ELEMENT = [
+    pytest.param(optax.adamw(0.1), id="adamw"),
+    pytest.param(optax.sgd(0.1), marks=pytest.mark.soak, id="sgd"),
+    pytest.param(optax.lion(0.1), marks=pytest.mark.soak, id="lion"),
+]
+
+
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adamw(0.1), optax.lion(0.1)], ids=["sgd", "adamw", "lion"])
+@pytest.mark.parametrize("optimizer", _BY_ELEMENT)
 def test_another_optimiser_that_treats_elements_alone_is_packed_and_trains_as_by_itself(optimizer, steps, devices):
     given = {"model": Deep(3), "train_dataset": make_data(32), "num_epochs": 1, "steps_per_execution": steps}
     packed = make_trainer(optimizer=optimizer, devices=devices, **given)

@@ -180,7 +180,7 @@ class EverySecond:
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("lion", marks=pytest.mark.soak)])
 def test_a_run_with_packed_moments_is_the_same_however_it_is_cut(name, count):
     options = {"optimizer": BY_ELEMENT[name], "devices": jax.devices()[:count], "train_dataset": make_data(43)}
     whole, other = (make_trainer(**options, steps_per_execution=5) for _ in range(2))

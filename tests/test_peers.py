@@ -41,7 +41,10 @@ def assert_same_run(results, trainer):
         np.testing.assert_allclose(values, trainer.metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize(("sharded", "layouts"), [(True, [(2, 2), (1, 4), (4, 1)]), (False, [(4, 1), (2, 1)])])
+@pytest.mark.parametrize(
+    ("sharded", "layouts"),
+    [(True, [(2, 2), (1, 4), (4, 1)]), pytest.param(False, [(4, 1), (2, 1)], marks=pytest.mark.soak)],
+)
 def test_each_layout_goes_on_where_another_one_stopped(sharded, layouts, tmp_path):
     options = {"save_every": 4, "shard_state": sharded, "width": WIDTH if sharded else 16}
     for epochs, (count, devices) in enumerate(layouts, 1):

@@ -15,7 +15,7 @@ from learnax.metrics import Mean
 from learnax.models import NNX, Functions, Linen
 from learnax.step import key_pair
 from tests import plain
-from tests.helpers import ROOT, assert_trees_close, host, make_trainer
+from tests.helpers import ROOT, assert_trees_close, assert_trees_equal, host, make_trainer
 
 pytestmark = pytest.mark.thorough
 
@@ -147,17 +147,22 @@ def test_tokens_with_weights_on_devices_and_accumulated():
         there = (batch[1] > 0).astype(np.float32)
         return (entropy(module.apply({"params": params}, batch[0], train=False), batch[1]) * there).sum() / there.sum()
 
+    by_hand = None
+    batch = [np.stack(part) for part in zip(*held_out, strict=True)]
     for options in ({}, {"devices": jax.devices()[:4]}, {"batch_size": SIZE // 2, "accumulate_steps": 2}):
         trainer, before = run(model, tokens.losses, data, SGD, val_datasets=[held_out], num_epochs=6, **options)
-        loss = lambda params, state, key, batch: (loss_of(params, batch), state)  # noqa: E731
-        params, _, losses = loop(loss, before.params, data, SGD)
+        if by_hand is None:
+            loss = lambda params, state, key, batch: (loss_of(params, batch), state)  # noqa: E731
+            params, _, losses = loop(loss, before.params, data, SGD)
+            by_hand = before.params, params, losses, loss_of(params, batch)
+        begin, params, losses, validated = by_hand
+        assert_trees_equal(before.params, begin)
         assert_same(trainer, losses, params)
-        batch = [np.stack(part) for part in zip(*held_out, strict=True)]
-        np.testing.assert_allclose(trainer.metrics["val/loss"][-1], loss_of(params, batch), rtol=1e-4)
+        np.testing.assert_allclose(trainer.metrics["val/loss"][-1], validated, rtol=1e-4)
         assert trainer.metrics["val/tokens"][-1] == (batch[1] > 0).sum()
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.soak), 4])
 def test_contrastive_learning_over_all_devices(count):
     simclr = page("simclr")
     data = simclr.views()[:FIVE]
@@ -244,6 +249,7 @@ class Seq2Seq(nn.Module):
         return nn.Dense(12)(x)
 
 
+@pytest.mark.soak
 def test_sequences_to_sequences_whose_padding_has_no_weight():
     rng = np.random.default_rng(0)
     data = []
@@ -279,6 +285,7 @@ class VAE(nn.Module):
         return nn.Dense(8)(nn.relu(nn.Dense(16)(z))), mean, log_variance
 
 
+@pytest.mark.soak
 def test_a_vae_that_draws_its_latents():
     rng = np.random.default_rng(0)
     data = [rng.random(8).astype(np.float32) for _ in range(FIVE)]
@@ -460,6 +467,7 @@ class OfEquinox(eqx.Module):
         return x
 
 
+@pytest.mark.soak
 def test_the_mnist_of_equinox():
     data = [[np.moveaxis(image, -1, 0), label] for image, label in page("resnet").digits()[0][:FIVE]]
     module = OfEquinox(jax.random.key(0))

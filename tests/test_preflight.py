@@ -18,7 +18,7 @@ from tests.helpers import MemoryRun, Streamed, assert_trees_equal, host, make_da
         (1, {}),
         pytest.param(4, {"num_workers": 1}, marks=pytest.mark.processes),
         (2, {"accumulate_steps": 2}),
-        (4, {"single_batch": True}),
+        pytest.param(4, {"single_batch": True}, marks=pytest.mark.soak),
     ],
 )
 def test_the_trainer_is_left_as_it_was_and_trains_to_the_same_bits(count, options, tmp_path):

@@ -29,7 +29,7 @@ def norms(view):
     [
         {},
         {"steps_per_execution": 1, "model": Noisy()},
-        {"devices": 4, "model": Noisy()},
+        pytest.param({"devices": 4, "model": Noisy()}, marks=pytest.mark.soak),
         {"devices": 4, "shard_state": True},
         {
             "accumulate_steps": 2,

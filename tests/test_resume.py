@@ -453,7 +453,7 @@ def test_a_run_that_is_complete_says_so_and_trains_nothing(caplog):
             ),
             "weight_decay at [1] is {} in the checkpoint",
         ),
-        (lambda rate: optax.sgd(rate), None),
+        pytest.param(lambda rate: optax.sgd(rate), None, marks=pytest.mark.soak),
         (lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=optax.constant_schedule(rate)), None),
     ],
     ids=["rate", "another one", "not kept", "scheduled"],

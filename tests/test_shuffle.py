@@ -290,7 +290,7 @@ def test_a_dataset_is_told_each_epoch_before_its_first_datum(shuffle):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("shuffle", [True, pytest.param(False, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("shuffle", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_each_worker_is_told_each_epoch(shuffle):
     seen_epochs = []
     options = {

@@ -283,7 +283,7 @@ trainer.train()
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("room", [4, pytest.param(1, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("room", [4, pytest.param(1, marks=pytest.mark.soak)])
 def test_after_kills_each_file_has_each_step_once(tmp_path, registry_path, room):
     """SIGKILL at some step behind a checkpoint, twice; then the run comes to its end."""
     script = tmp_path / "script.py"

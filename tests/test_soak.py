@@ -8,7 +8,7 @@ from tests.soak import FORMS, soak
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
-OPTIONS = FORMS["fused"] | FORMS["hooks and a probe"] | FORMS["two workers"] | {"epochs": 20}
+OPTIONS = FORMS["fused"] | FORMS["hooks and a probe"] | FORMS["two workers"] | {"epochs": 12}
 
 
 @pytest.mark.soak

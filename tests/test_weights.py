@@ -78,9 +78,10 @@ def trained(form, count=1, accumulate=1, **overrides):
     return trainer
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[pytest.mark.thorough] * (form != "a batch")) for form in FORMS]
-)
+_MARKS = {"a batch": [], "a datum": [pytest.mark.thorough]}
+
+
+@pytest.mark.parametrize("form", [pytest.param(form, marks=_MARKS.get(form, [pytest.mark.soak])) for form in FORMS])
 def test_any_split_over_batches_and_devices_is_the_whole_batch(form):
     expected = trained(form)
     for count, accumulate in ((4, 1), (1, 4), (2, 2)):

@@ -6,6 +6,7 @@ ten lines, the command and the help of each of its commands, and lets type check
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import os
 import re
@@ -95,8 +96,16 @@ def ten_lines():
     return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 
 
+def tried(place, wheel):
+    """Installs the wheel in a bare environment, and uses it; what was found there, and the seconds of each part."""
+    with tempfile.TemporaryDirectory(prefix="learnax-wheel-") as folder:
+        versions, seconds = try_in(place, wheel, Path(folder))
+    parts = ", ".join(f"{part} {taken:.0f} s" for part, taken in seconds.items())
+    return f"{place.name}: {versions}\n  {parts}"
+
+
 def try_in(place, wheel, folder):
-    """Installs the wheel, and uses it; seconds of each part."""
+    """Installs the wheel, and uses it; the versions there, and the seconds of each part."""
     began, seconds = time.perf_counter(), {}
 
     def done(part):
@@ -128,8 +137,7 @@ def try_in(place, wheel, folder):
     done("commands")
     check_types(place, python, folder, constraints)
     done("types")
-    print(f"{place.name}: {versions.splitlines()[2].strip()}")
-    return seconds
+    return versions.splitlines()[2].strip(), seconds
 
 
 def check_types(place, python, folder, constraints):
@@ -153,10 +161,10 @@ def main(arguments=None):
     began = time.perf_counter()
     wheel = build(args.out)
     print(f"{wheel.name}: built in {time.perf_counter() - began:.0f} s", flush=True)
-    for place in places(args.every):
-        with tempfile.TemporaryDirectory(prefix="learnax-wheel-") as folder:
-            seconds = try_in(place, wheel, Path(folder))
-        print("  " + ", ".join(f"{part} {taken:.0f} s" for part, taken in seconds.items()), flush=True)
+    # Two side by side: while one waits for the index, the other one computes.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for said in pool.map(lambda place: tried(place, wheel), places(args.every)):
+            print(said, flush=True)
 
 
 if __name__ == "__main__":

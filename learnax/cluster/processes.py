@@ -266,7 +266,8 @@ class ManyProcesses:
             deadline = time.monotonic() + GRACE_S
             gone = set(range(self.count)) - {self.index}
             while gone and time.monotonic() < deadline:
-                gone -= {index for index, _ in reports("left")}
+                # Who has told of a failure need not say more: it is on its way out.
+                gone -= {index for kind in ("left", "failed") for index, _ in reports(kind)}
                 time.sleep(0.05)
             failed = self._failures()
         except jax.errors.JaxRuntimeError:
