@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from learnax.checkpoint import Checkpointer, DamagedError, SaveError, files, writer
+from learnax.checkpoint.folder import Folder
 from learnax.registry import Registry
 from learnax.run import Run
 from learnax.step.state import TrainState
@@ -108,6 +109,30 @@ def test_a_disk_that_stays_full_leaves_the_last_good_one_and_raises_at_the_end(t
     assert raised.endswith("the newest whole one is " + str(registry_path / "tests" / "memory" / "checkpoints" / "0"))
     assert sum("could not be saved" in line for line in lines) == 2  # once when it began, and what is raised
     assert lines[-2:] == ["steps 15 latest 5", "left ['0', 'history', 'index.json']"]
+
+
+def test_what_is_still_written_of_a_failed_save_is_removed_too(tmp_path):
+    folder, writes = Folder(tmp_path), []
+
+    def write():  # as threads do that were not waited for
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            path = tmp_path / "7.draft.tmp" / "state" / f"{len(writes)}"
+            with contextlib.suppress(FileNotFoundError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"a part of an array")
+                writes.append(path)
+
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7.draft").mkdir()
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not writes:
+        time.sleep(1e-3)
+    folder.discard(7)
+    thread.join()
+    assert len(writes) > 10
+    assert [path.name for path in tmp_path.iterdir()] == ["7"]
 
 
 @pytest.mark.thorough

@@ -149,7 +149,7 @@ def test_tokens_with_weights_on_devices_and_accumulated():
 
     by_hand = None
     batch = [np.stack(part) for part in zip(*held_out, strict=True)]
-    for options in ({}, {"devices": jax.devices()[:4]}, {"batch_size": SIZE // 2, "accumulate_steps": 2}):
+    for options in ({"devices": jax.devices()[:4]}, {"batch_size": SIZE // 2, "accumulate_steps": 2}):
         trainer, before = run(model, tokens.losses, data, SGD, val_datasets=[held_out], num_epochs=6, **options)
         if by_hand is None:
             loss = lambda params, state, key, batch: (loss_of(params, batch), state)  # noqa: E731

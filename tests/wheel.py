@@ -115,7 +115,7 @@ def try_in(place, wheel, folder):
     call([place.interpreter, "-m", "venv", folder / "venv"], folder)
     python = folder / "venv" / "bin" / "python"
     constraints = ["--constraint", FLOOR] if place.lowest else []
-    call([python, "-m", "pip", "install", "--quiet", *constraints, wheel], folder)
+    call([python, "-m", "pip", "install", "--quiet", "--no-compile", *constraints, wheel], folder)
     done("install")
     call([python, "-m", "pip", "check"], folder)
     (folder / "ten_lines.py").write_text(ten_lines())
@@ -143,7 +143,7 @@ def try_in(place, wheel, folder):
 def check_types(place, python, folder, constraints):
     """Lets mypy, and pyright at the newest versions, read a user's script beside the installed package."""
     checkers = ["mypy"] if place.lowest else ["mypy", "basedpyright"]
-    call([python, "-m", "pip", "install", "--quiet", *constraints, *checkers], folder)
+    call([python, "-m", "pip", "install", "--quiet", "--no-compile", *constraints, *checkers], folder)
     shutil.copy(ROOT / "tests" / "typed_user.py", folder)
     call([python, "-m", "mypy", "--strict", "typed_user.py"], folder)
     if "basedpyright" in checkers:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from learnax.checkpoint.owner import beside, is_fixed
 
 _logger = logging.getLogger("learnax")
 _INDEX, _REMOVED, _DRAFT = "index.json", "removed", ".draft"
+_TRIES, _PAUSE_S = 20, 0.1
+"""How often, and how many seconds apart, what is left of a failed save is looked for."""
 SPARE = 2
 """Saves that are kept for being the newest: should one be damaged on disk, there is the one before it."""
 
@@ -119,10 +122,19 @@ class Folder:
         self.draft(number).rename(self.path / str(number))
 
     def discard(self, number: int) -> None:
-        """Removes what there is of a save that failed; on a full disk it would be in the way of the next."""
-        self.guard()
-        for draft in self.path.glob(f"{number}{_DRAFT}*"):
-            shutil.rmtree(draft, ignore_errors=True)
+        """Removes what there is of a save that failed; on a full disk it would be in the way of the next.
+
+        The storage library gives up the writes of a save's other arrays: they go on for a moment, in the folder that
+        is removed meanwhile, and make it again.
+        """
+        for _ in range(_TRIES):
+            self.guard()
+            drafts = list(self.path.glob(f"{number}{_DRAFT}*"))
+            if not drafts:
+                return
+            for draft in drafts:
+                shutil.rmtree(draft, ignore_errors=True)
+            time.sleep(_PAUSE_S)
 
     def add(self, number: int, entry: Entry) -> None:
         """Keeps what a new save is."""
