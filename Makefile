@@ -1,5 +1,4 @@
-# Each target creates what it needs: `make train` and `make test` work from a fresh clone. (Nothing is compiled to bytecode
-# ahead: Python does it for what is imported.)
+# Each target creates what it needs: `make train` and `make test` work from a fresh clone.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
@@ -102,22 +101,22 @@ nsys ncu: $(INSTALLED)
 	$(BIN)/python -m learnax.profiling $@ --out out/profile $(ARGS) $(SCRIPT)
 
 $(VENV)/.bench: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'
 	touch $@
 
 $(VENV)/.docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	touch $@
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
 # What compiles for GPUs that are not here, in a folder of its own: beside JAX it would look for a driver at each start.
 $(GPU_COMPILE)/.installed: $(INSTALLED)
 	rm -rf $(GPU_COMPILE)
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps --constraint $(CONSTRAINTS) --target $(GPU_COMPILE) \
+	$(BIN)/python -m pip install --quiet --no-deps --constraint $(CONSTRAINTS) --target $(GPU_COMPILE) \
 		$$($(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 		print(*project["optional-dependencies"]["gpu-compile"])')
 	touch $@

@@ -24,6 +24,7 @@ if "LEARNAX_COMPILATION_CACHE" not in os.environ:
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = os.environ.get("LEARNAX_TEST_PLATFORM", "cpu")
 os.environ["TQDM_DISABLE"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of hundreds of processes would compile the sources again
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
