@@ -216,7 +216,7 @@ def workload(name):
         ("gpt", True),
         ("nested-0", False),
         pytest.param("resnet", False, marks=pytest.mark.soak),
-        ("nnx-mlp", True),
+        pytest.param("nnx-mlp", True, marks=pytest.mark.soak),
         pytest.param("equinox-mlp", True, marks=pytest.mark.soak),
     ],
     ids=["tiny-26", "mlp-128", "digits", "gpt", "nested-0", "resnet", "nnx-mlp", "equinox-mlp"],

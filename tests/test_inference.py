@@ -101,7 +101,14 @@ def test_large_outputs_are_fused_less(monkeypatch):
     assert calls(trainer, "predict") == [1, 2]
 
 
-@pytest.mark.parametrize(("kind", "count"), [("linen", 4), ("nnx", 2), ("equinox", 1), ("functions", 4)])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("linen", 4),
+        ("nnx", 2),
+        *(pytest.param(*both, marks=pytest.mark.soak) for both in [("equinox", 1), ("functions", 4)]),
+    ],
+)
 def test_models_of_any_kind_are_in_their_mode_of_validation(kind, count):
     """With batch statistics and dropout."""
     options = {"losses": by_datum, "val_datasets": [HELD_OUT], "num_epochs": 1, "devices": jax.devices()[:count]}

@@ -90,7 +90,7 @@ def test_a_peer_that_is_killed_ends_the_others_and_the_next_start_ends_with_the_
         assert peer.results["metrics"] == other.results["metrics"]
 
 
-@pytest.mark.parametrize("kind", ["streamed", "own"])
+@pytest.mark.parametrize("kind", ["streamed", pytest.param("own", marks=pytest.mark.soak)])
 def test_streams_of_processes_go_on_where_each_stood(kind, tmp_path):
     options = {"num_epochs": None, "kind": kind, "save_every": 3, "steps_per_execution": 1}
     run(tmp_path, "stopped", 2, 1, num_steps=7, **options)

@@ -218,8 +218,9 @@ def test_spikes_are_told_and_nothing_changes_a_bit(tmp_path, caplog):
     assert [path.name for path in tmp_path.glob("*.npz")] == ["step-14.npz"]
 
 
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(
+    ("count", "steps"), [(1, 4), (4, 1), *(pytest.param(*both, marks=pytest.mark.soak) for both in [(1, 1), (4, 4)])]
+)
 def test_a_spike_is_skipped_and_the_run_is_as_if_it_had_not_come(tmp_path, caplog, count, steps):
     calm, data = make_data(8 * 8, 1), spiky()
     options = {**SPIKY, "steps_per_execution": steps, "devices": jax.devices()[:count], "num_epochs": 1}

@@ -249,7 +249,9 @@ def test_a_run_goes_on_from_the_step_it_asks_for_and_what_came_later_is_moved_as
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("metric", "minimize"), [("val/loss", True), ("other/rmse", False)])
+@pytest.mark.parametrize(
+    ("metric", "minimize"), [pytest.param("val/loss", True, marks=pytest.mark.soak), ("other/rmse", False)]
+)
 def test_the_best_checkpoint_is_that_of_the_best_epoch(registry_path, metric, minimize):
     options = {"keep_best_checkpoint": True, "learning_rate": 0.1, "num_epochs": 5}
     if metric != "val/loss":  # the default
@@ -400,7 +402,7 @@ def test_the_last_epoch_is_validated_whatever_val_every_says():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("model", [MLP(), Noisy()], ids=["plain", "random"])
+@pytest.mark.parametrize("model", [pytest.param(MLP(), marks=pytest.mark.soak), Noisy()], ids=["plain", "random"])
 def test_a_run_that_is_made_longer_is_the_run_that_it_would_have_been(model):
     options = {"model": model, "val_every": 3, "val_datasets": {"val": make_data(21)}}
     straight = make_trainer(num_epochs=5, **options)
