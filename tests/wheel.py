@@ -28,15 +28,24 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A bare environment to install into."""
+    """A bare environment to install into.
+
+    Attributes:
+        python: its version.
+        interpreter: a path.
+        lowest: whether the lowest versions go there; else the newest.
+        beside: what else is asked of pip, for the newest of a line that is not the newest.
+    """
 
     python: str
     interpreter: str
-    lowest: bool
+    lowest: bool = False
+    beside: tuple[str, ...] = ()
 
     @property
     def name(self):
-        return f"Python {self.python}, {'lowest' if self.lowest else 'newest'} versions"
+        versions = "lowest versions" if self.lowest else "newest versions"
+        return ", ".join([f"Python {self.python}", versions, *(f"of {asked}" for asked in self.beside)])
 
 
 def interpreter(python):
@@ -49,7 +58,7 @@ def interpreter(python):
 
 
 def places(every):
-    """The environments: the lowest versions, and the newest on the newest Python here, or on every one."""
+    """The environments: the lowest versions, and the newest on the newest Python; or on every one, and jax 0.11."""
     here = {python: interpreter(python) for python in PYTHONS}
     for python, path in here.items():
         if path is None:
@@ -58,7 +67,9 @@ def places(every):
     if PYTHONS[0] in there:
         yield Place(PYTHONS[0], there[PYTHONS[0]], lowest=True)
     for python in list(there) if every else list(there)[-1:]:
-        yield Place(python, there[python], lowest=False)
+        yield Place(python, there[python])
+    if every and "3.12" in there:
+        yield Place("3.12", there["3.12"], beside=("jax==0.11.*",))
 
 
 def call(command, where, **env):
@@ -115,7 +126,7 @@ def try_in(place, wheel, folder):
     call([place.interpreter, "-m", "venv", folder / "venv"], folder)
     python = folder / "venv" / "bin" / "python"
     constraints = ["--constraint", FLOOR] if place.lowest else []
-    call([python, "-m", "pip", "install", "--quiet", "--no-compile", *constraints, wheel], folder)
+    call([python, "-m", "pip", "install", "--quiet", "--no-compile", *constraints, wheel, *place.beside], folder)
     done("install")
     call([python, "-m", "pip", "check"], folder)
     (folder / "ten_lines.py").write_text(ten_lines())
@@ -155,7 +166,7 @@ def check_types(place, python, folder, constraints):
 def main(arguments=None):
     """Builds and tries; the exit status is that of the first thing that fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.wheel", description=__doc__)
-    parser.add_argument("--every", action="store_true", help="the newest versions on each Python here")
+    parser.add_argument("--every", action="store_true", help="the newest versions on each Python here, and jax 0.11")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "dist", help="where the wheel goes")
     args = parser.parse_args(arguments)
     began = time.perf_counter()
