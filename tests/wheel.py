@@ -126,6 +126,7 @@ def try_in(place, wheel, folder):
     call([place.interpreter, "-m", "venv", folder / "venv"], folder)
     python = folder / "venv" / "bin" / "python"
     constraints = ["--constraint", FLOOR] if place.lowest else []
+    # Without bytecode: Python compiles what is imported here, a small part of it all.
     call([python, "-m", "pip", "install", "--quiet", "--no-compile", *constraints, wheel, *place.beside], folder)
     done("install")
     call([python, "-m", "pip", "check"], folder)
