@@ -147,15 +147,16 @@ def test_tokens_with_weights_on_devices_and_accumulated():
         there = (batch[1] > 0).astype(np.float32)
         return (entropy(module.apply({"params": params}, batch[0], train=False), batch[1]) * there).sum() / there.sum()
 
-    by_hand = None
+    runs = [
+        run(model, tokens.losses, data, SGD, val_datasets=[held_out], num_epochs=6, **options)
+        for options in ({"devices": jax.devices()[:4]}, {"batch_size": SIZE // 2, "accumulate_steps": 2})
+    ]
+    begin = runs[0][1].params
+    loss = lambda params, state, key, batch: (loss_of(params, batch), state)  # noqa: E731
+    params, _, losses = loop(loss, begin, data, SGD)
     batch = [np.stack(part) for part in zip(*held_out, strict=True)]
-    for options in ({"devices": jax.devices()[:4]}, {"batch_size": SIZE // 2, "accumulate_steps": 2}):
-        trainer, before = run(model, tokens.losses, data, SGD, val_datasets=[held_out], num_epochs=6, **options)
-        if by_hand is None:
-            loss = lambda params, state, key, batch: (loss_of(params, batch), state)  # noqa: E731
-            params, _, losses = loop(loss, before.params, data, SGD)
-            by_hand = before.params, params, losses, loss_of(params, batch)
-        begin, params, losses, validated = by_hand
+    validated = loss_of(params, batch)
+    for trainer, before in runs:
         assert_trees_equal(before.params, begin)
         assert_same(trainer, losses, params)
         np.testing.assert_allclose(trainer.metrics["val/loss"][-1], validated, rtol=1e-4)
